@@ -1,0 +1,6 @@
+"""AudioLM: semantic, coarse and fine stages over discrete tokens (arXiv 2209.03143)."""
+
+from musiclm_engine.audiolm.semantic_tokenizer import SemanticTokenizer
+from musiclm_engine.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
+
+__all__ = ["CoarseTransformer", "FineTransformer", "SemanticTokenizer", "SemanticTransformer"]

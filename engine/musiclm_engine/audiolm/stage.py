@@ -1,0 +1,261 @@
+"""One autoregressive stage: tokens that continue [conditioning, context, start, target ...]."""
+
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from musiclm_engine.audiolm.cache import KVCache
+from musiclm_engine.audiolm.position import OUTSIDE_TIME, TimeLevelBias
+from musiclm_engine.audiolm.transformer import Transformer
+
+
+class Stage(nn.Module):
+    """p(target | conditioning, context), one token at a time.
+
+    Everything is one sequence of discrete tokens (MusicLM, arXiv 2301.11325, section 3.2):
+
+        c_1 .. c_M,  context frames (each its levels in turn),  start,  target frames (the same)
+
+    The output above a token predicts the next one, so a query carries the position code of the
+    token it predicts and a key the code of its own token: the token of frame t at level l sees at
+    once what the context holds at t.
+
+    Args:
+        conditioning_size: values of a conditioning token; one more id, `null`, stands for none.
+        conditioning_length: M, 0 for a stage without conditioning.
+        context_size: values of a context token.
+        context_levels: Lc, tokens in a frame of context; 0 for a stage without context.
+        context_stride: frames of target that one frame of context lasts.
+        target_size: K, values of a target token.
+        target_levels: Lt, tokens in a frame of target.
+        max_frames: moments apart that attention can tell from "far".
+        dim, depth, heads, dim_head, ff_mult, dropout: of the transformer.
+        condition_drop_prob: share of training rows that see `null`, for classifier-free guidance.
+    """
+
+    config: dict[str, Any]  # the constructor's arguments of the stage that this is
+
+    def __init__(
+        self,
+        *,
+        conditioning_size: int,
+        conditioning_length: int,
+        context_size: int = 0,
+        context_levels: int = 0,
+        context_stride: int = 1,
+        target_size: int,
+        target_levels: int,
+        max_frames: int = 512,
+        dim: int = 512,
+        depth: int = 6,
+        heads: int = 8,
+        dim_head: int = 64,
+        ff_mult: int = 4,
+        dropout: float = 0.1,
+        condition_drop_prob: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.conditioning_size = conditioning_size
+        self.conditioning_length = conditioning_length
+        self.context_size = context_size
+        self.context_levels = context_levels
+        self.context_stride = context_stride
+        self.target_size = target_size
+        self.target_levels = target_levels
+        self.condition_drop_prob = condition_drop_prob
+        self.null = conditioning_size
+        self.condition_embedding = nn.Embedding(conditioning_length * (conditioning_size + 1), dim)
+        self.context_embedding = nn.Embedding(context_levels * context_size, dim)
+        self.target_embedding = nn.Embedding(target_levels * target_size, dim)
+        self.start_token = nn.Parameter(torch.randn(dim) * 0.02)
+        for embedding in (self.condition_embedding, self.context_embedding, self.target_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.position = TimeLevelBias(heads, context_levels + target_levels, max_frames)
+        self.transformer = Transformer(
+            dim=dim, depth=depth, heads=heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout
+        )
+        self.logit_weights = nn.Parameter(torch.randn(target_levels, target_size, dim) * 0.02)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**config)
+
+    # The sequence: its embeddings and its position codes.
+
+    def sequence_length(self, context_frames: int, target_frames: int) -> int:
+        """Tokens of a whole sequence, its start token included."""
+        return (
+            self.conditioning_length
+            + context_frames * self.context_levels
+            + 1
+            + target_frames * self.target_levels
+        )
+
+    def codes(self, context_frames: int, target_frames: int) -> tuple[Tensor, Tensor]:
+        """Position codes (of what each token predicts, of each token), both [N] int32."""
+        device = self.start_token.device
+        context = self._frame_codes(
+            context_frames, self.context_levels, stride=self.context_stride, first_level=0
+        )
+        target = self._frame_codes(
+            target_frames, self.target_levels, stride=1, first_level=self.context_levels
+        )
+        outside = torch.full(
+            (self.conditioning_length,), OUTSIDE_TIME, device=device, dtype=torch.int32
+        )
+        keys = torch.cat([outside, context, outside.new_full((1,), OUTSIDE_TIME), target])
+        queries = torch.cat([outside.new_zeros(len(outside)), context, target])
+        # The last token predicts what comes after the sequence: the next frame's first level.
+        after = self.position.code(
+            torch.tensor([target_frames], device=device), self.context_levels
+        )
+        return torch.cat([queries, after]), keys
+
+    def _frame_codes(self, frames: int, levels: int, *, stride: int, first_level: int) -> Tensor:
+        device = self.start_token.device
+        moment = torch.arange(frames, device=device)[:, None] * stride
+        level = torch.arange(first_level, first_level + levels, device=device)
+        return self.position.code(moment, level).reshape(-1)
+
+    def embed(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
+        """[B, M], [B, Tc, Lc] or None, [B, T, Lt] -> [B, N, dim]."""
+        B = len(target)
+        parts = [self._embed(self.condition_embedding, conditioning, self.conditioning_size + 1)]
+        if context is not None:
+            tokens = self._embed(self.context_embedding, context, self.context_size)
+            parts.append(rearrange(tokens, "b t l d -> b (t l) d"))
+        parts.append(self.start_token.expand(B, 1, -1))
+        tokens = self._embed(self.target_embedding, target, self.target_size)
+        parts.append(rearrange(tokens, "b t l d -> b (t l) d"))
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def _embed(embedding: nn.Embedding, tokens: Tensor, size: int) -> Tensor:
+        levels = torch.arange(tokens.shape[-1], device=tokens.device)
+        return embedding(tokens + levels * size)
+
+    # Training: all predictions at once.
+
+    def forward(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
+        """Predict every token of target from all before it.
+
+        Args:
+            conditioning: [B, M] int64, values below conditioning_size or equal to `null`.
+            context: [B, Tc, Lc] int64, or None for a stage without context.
+            target: [B, T, Lt] int64.
+
+        Returns:
+            logits [B, T, Lt, K].
+        """
+        self.check(conditioning, context, target)
+        context_frames = 0 if context is None else context.shape[1]
+        x = self.embed(conditioning, context, target)[:, :-1]
+        q_codes, k_codes = self.codes(context_frames, target.shape[1])
+        hidden = self.transformer(
+            x,
+            table=self.position.table(),
+            offset=self.position.offset,
+            q_codes=q_codes[:-1],
+            k_codes=k_codes[:-1],
+        )
+        first = self.sequence_length(context_frames, 0) - 1
+        hidden = rearrange(hidden[:, first:], "b (t l) d -> b t l d", l=self.target_levels)
+        return torch.einsum("btld,lkd->btlk", hidden, self.logit_weights)
+
+    def loss(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
+        """Cross-entropy by level, [Lt], in nats; in training some rows lose their conditioning."""
+        if self.training and self.condition_drop_prob > 0:
+            dropped = torch.rand(len(target), 1, device=target.device) < self.condition_drop_prob
+            conditioning = torch.where(dropped, self.null, conditioning)
+        logits = self(conditioning, context, target)
+        losses = F.cross_entropy(
+            rearrange(logits, "b t l k -> (b t l) k").float(), target.reshape(-1), reduction="none"
+        )
+        return losses.view(-1, self.target_levels).mean(0)
+
+    # Decoding: one token at a time.
+
+    def prefill(
+        self, conditioning: Tensor, context: Tensor | None, prefix: Tensor, frames: int
+    ) -> tuple[Tensor, KVCache]:
+        """Take in everything before the first token to be sampled.
+
+        Args:
+            conditioning, context: as in `forward`.
+            prefix: [B, P, Lt] target frames that are given, P >= 0.
+            frames: of target in the end, prefix included: the size of the cache.
+
+        Returns:
+            logits [B, K] of the next token, and the cache.
+        """
+        self.check(conditioning, context, prefix)
+        context_frames = 0 if context is None else context.shape[1]
+        x = self.embed(conditioning, context, prefix)
+        cache = self.transformer.new_cache(
+            len(x), self.sequence_length(context_frames, frames), like=x
+        )
+        q_codes, k_codes = self.codes(context_frames, prefix.shape[1])
+        hidden = self.transformer(
+            x,
+            table=self.position.table(),
+            offset=self.position.offset,
+            q_codes=q_codes,
+            k_codes=k_codes,
+            cache=cache,
+        )
+        return hidden[:, -1] @ self.logit_weights[0].T, cache
+
+    def step(self, tokens: Tensor, index: int, table: Tensor, cache: KVCache) -> Tensor:
+        """Take in target token number `index` (frame * Lt + level) and predict the next one.
+
+        Args:
+            tokens: [B] int64.
+            index: of the given tokens.
+            table: `self.position.table()`, made once for the whole sequence.
+
+        Returns:
+            logits [B, K].
+        """
+        level, next_level = index % self.target_levels, (index + 1) % self.target_levels
+        device = tokens.device
+
+        def code(index: int) -> Tensor:
+            frame, level = divmod(index, self.target_levels)
+            return self.position.code(
+                torch.tensor([frame], device=device), self.context_levels + level
+            )
+
+        hidden = self.transformer.step(
+            self.target_embedding(tokens + level * self.target_size),
+            table=table,
+            offset=self.position.offset,
+            q_code=code(index + 1),
+            k_code=code(index),
+            cache=cache,
+        )
+        return hidden @ self.logit_weights[next_level].T
+
+    def check(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> None:
+        """Refuse tokens that are not of this stage's form."""
+        B = len(target)
+        if tuple(conditioning.shape) != (B, self.conditioning_length):
+            raise ValueError(
+                f"conditioning is {tuple(conditioning.shape)}, "
+                f"wanted [{B}, {self.conditioning_length}]"
+            )
+        if (context is None) != (self.context_levels == 0):
+            raise ValueError(
+                f"context is {'missing' if context is None else 'given'}, "
+                f"this stage has {self.context_levels} levels of it"
+            )
+        for name, tokens, levels in (
+            ("context", context, self.context_levels),
+            ("target", target, self.target_levels),
+        ):
+            if tokens is None:
+                continue
+            if tokens.dim() != 3 or tokens.shape[0] != B or tokens.shape[2] != levels:
+                raise ValueError(f"{name} is {tuple(tokens.shape)}, wanted [{B}, frames, {levels}]")

@@ -1,0 +1,114 @@
+"""Models on disk: NAME.safetensors beside NAME.json. Nothing is ever unpickled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, broken, or of another kind than was asked for."""
+
+
+class Configured(Protocol):
+    """A module that can be rebuilt from what its `config` says."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self: ...
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write value as JSON; the file is either whole or as it was."""
+    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors; the file is either whole or as it was."""
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda partial: save_file(packed, partial))
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is broken or not safetensors: {error}") from None
+
+
+def save_model(model: Any, stem: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write model's weights to stem.safetensors and its class and config to stem.json.
+
+    Args:
+        model: a module with `config`.
+        stem: path without suffix.
+        dtype: floating-point weights are stored in it, or in their own.
+    """
+    state = model.state_dict()
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    write_tensors(stem.with_name(stem.name + ".safetensors"), state)
+    write_json(
+        stem.with_name(stem.name + ".json"),
+        {"class": type(model).__name__, "config": model.config},
+    )
+
+
+def load_model(stem: Path, classes: dict[str, Any]) -> Any:
+    """Rebuild what `save_model` wrote, in float32 and evaluation mode.
+
+    Args:
+        stem: path without suffix.
+        classes: the classes that may stand there, by name.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or holds another class or other weights.
+    """
+    path = stem.with_name(stem.name + ".json")
+    description = read_json(path)
+    if not isinstance(description, dict) or not {"class", "config"} <= description.keys():
+        raise CheckpointError(f'{path} does not name a "class" and its "config"')
+    if description["class"] not in classes:
+        raise CheckpointError(
+            f"{path} holds a {description['class']}, wanted {' or '.join(classes)}"
+        )
+    try:
+        model = classes[description["class"]].from_config(description["config"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has a config that cannot be built: {error}") from None
+    weights = read_tensors(stem.with_name(stem.name + ".safetensors"))
+    try:
+        model.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
+    except RuntimeError as error:
+        raise CheckpointError(f"{stem}.safetensors does not fit {path}: {error}") from None
+    return model.eval()

@@ -1,0 +1,318 @@
+"""The command `musiclm`. Heavy imports stand inside the commands, so that `--help` is quick."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Text to music: generate, train and judge MusicLM models.",
+)
+data = typer.Typer(no_args_is_help=True, help="Training data.")
+app.add_typer(data, name="data")
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")
+]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Folder of a model; the bundled one if not given.")
+]
+ManifestOption = Annotated[Path, typer.Option(help="Manifest of the clips and their captions.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What the music should be, one or more.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the audio.")] = 10.0,
+    num_samples: Annotated[int, typer.Option(help="Candidates a prompt, ranked by MuLaN.")] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same music.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Best candidate; the others are named OUT-2, OUT-3 …")
+    ] = Path("music.wav"),
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A sampling setting, for one stage or all: semantic_temperature=0.9, guidance=2. "
+            "Stages: semantic, coarse, fine. Settings: temperature, top_k, top_p, min_p, guidance.",
+        ),
+    ] = None,
+    spectrogram: Annotated[
+        bool, typer.Option("--spectrogram", help="Draw the best candidate beside it as PNG.")
+    ] = False,
+    repeat: Annotated[
+        Path | None,
+        typer.Option(help="Take prompt and all settings from the JSON file of an earlier run."),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Make music from text.
+
+    Writes OUT, the other candidates, and OUT's name with .json: all that is needed to make exactly
+    this again.
+
+    Example: musiclm generate "a slow hymn on a church organ in G minor" --out hymn.wav
+    """
+    with _told_plainly():
+        from musiclm_engine.output import Request, check_output, read_request, write_outputs
+
+        if repeat is not None:
+            if prompts or setting:
+                raise ValueError("--repeat takes prompts and settings from its file: give neither")
+            request = read_request(repeat)
+        else:
+            request = Request(
+                prompts=tuple(prompts or ()),
+                seconds=seconds,
+                num_samples=num_samples,
+                seed=seed,
+                settings=_parse_settings(setting or []),
+                model=None if model is None else str(model),
+            )
+        check_output(out, spectrogram=spectrogram)
+        from musiclm_engine.musiclm import MusicLM, check_prompts
+
+        check_prompts(request.prompts)
+        _set_threads(threads)
+        musiclm = MusicLM.from_pretrained(request.model, device=device)
+        started = time.perf_counter()
+        with _progress_bars() as show:
+            result = musiclm.generate(
+                request.prompts,
+                seconds=request.seconds,
+                num_samples=request.num_samples,
+                seed=request.seed,
+                on_progress=show,
+                **request.settings,
+            )
+        elapsed = time.perf_counter() - started
+        written = write_outputs(result, request, out, spectrogram=spectrogram)
+        for path, score in written:
+            note = "" if score is None else f"  MuLaN similarity {score:.3f}"
+            typer.echo(f"{path}{note}")
+        made = result.audio.shape[0] * result.audio.shape[1] * request.seconds
+        typer.echo(f"{made:g} s of audio in {elapsed:.1f} s: {made / elapsed:.1f} x real time")
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="codec, tokenizer, mulan, quantizer, semantic, coarse or fine: "
+            "each needs those before it."
+        ),
+    ],
+    config: Annotated[
+        str, typer.Option(help="Name of a bundled configuration, or a .toml file.")
+    ] = "tiny",
+    manifest: ManifestOption = Path("corpus/manifest.jsonl"),
+    run_dir: Annotated[
+        Path, typer.Option(help="Folder of the whole set of models; holds all checkpoints.")
+    ] = Path("runs/tiny"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this long; the same command goes on.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Train one model of a set, or go on where its checkpoint stands.
+
+    Loss curves: tensorboard --logdir RUN_DIR
+    """
+    with _told_plainly():
+        from musiclm_engine.musiclm import check_device
+        from musiclm_engine.training.run import train as train_model
+
+        _set_threads(threads)
+        with _progress_bars() as show:
+
+            def report(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+                held_out = {k: v for k, v in figures.items() if k.startswith("validation/")}
+                if held_out:
+                    text = ", ".join(f"{k[11:]} {v:.4f}" for k, v in held_out.items())
+                    show.print(f"{what} {done}: loss {figures['train/loss']:.4f}; held out: {text}")
+                show(what, done, total)
+
+            train_model(
+                model,
+                config=config,
+                manifest=manifest,
+                run_dir=run_dir,
+                device=check_device(device),
+                minutes=minutes,
+                report=report,
+            )
+
+
+@app.command()
+def bundle(
+    out: Annotated[Path, typer.Argument(help="Folder to write the model to.")],
+    run_dir: Annotated[Path, typer.Option(help="Folder of a trained set.")] = Path("runs/tiny"),
+    config: Annotated[str, typer.Option(help="The configuration it was trained with.")] = "tiny",
+) -> None:
+    """Gather a trained set of models into one folder that `generate --model` reads."""
+    with _told_plainly():
+        from musiclm_engine.training.bundle import bundle_run
+
+        bundle_run(run_dir, config=config).save_pretrained(out)
+        typer.echo(f"{out}")
+
+
+@app.command("eval")
+def evaluate(
+    manifest: ManifestOption = Path("corpus/manifest.jsonl"),
+    clips: Annotated[int, typer.Option(min=2, help="Held-out captions to generate from.")] = 120,
+    seed: Annotated[int, typer.Option(help="Of the choice of captions and of generation.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Judge a model on captions of held-out pieces, with tools that took no part in training.
+
+    Prints each measure between its floor (captions shuffled) and its ceiling (true renderings).
+    """
+    with _told_plainly():
+        from musiclm_engine.checkpoint import write_json
+        from musiclm_engine.evaluation.held_out import evaluate_held_out
+        from musiclm_engine.evaluation.report import markdown_table
+        from musiclm_engine.musiclm import MusicLM
+
+        _set_threads(threads)
+        musiclm = MusicLM.from_pretrained(model, device=device)
+        with _progress_bars() as show:
+            figures = evaluate_held_out(musiclm, manifest, clips=clips, seed=seed, on_progress=show)
+        if out is not None:
+            write_json(out, figures)
+        typer.echo(markdown_table(figures))
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, the bundled model, and which body runs each operation."""
+    with _told_plainly():
+        import torch
+
+        from musiclm_engine.info import describe
+
+        for line in describe(torch.cuda.device_count()):
+            typer.echo(line)
+
+
+@data.command("build")
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder of the corpus.")] = Path("corpus"),
+    hours: Annotated[float, typer.Option(help="Of audio, 115 MB an hour at most.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    soundfont: Annotated[
+        Path | None, typer.Option(help="An .sf2 or .sf3 file; looked for if not given.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
+) -> None:
+    """Render real scores to captioned audio. The same command goes on with a build cut short."""
+    with _told_plainly():
+        from musiclm_engine.data.build import build_corpus
+
+        with _progress_bars() as show:
+            manifest = build_corpus(
+                out,
+                hours=hours,
+                seed=seed,
+                soundfont=soundfont,
+                workers=workers,
+                on_progress=lambda done, total: show("clips", done, total),
+            )
+        typer.echo(f"{manifest}")
+
+
+class ProgressBars:
+    """One bar for each thing that is going on, made when it is first heard of."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+
+    def print(self, line: str) -> None:
+        self._bars.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[ProgressBars]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield ProgressBars(bars)
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """What a user can mend is one line and exit status 1, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError) as error:
+        typer.echo(f"musiclm: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("musiclm: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _set_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _parse_settings(pairs: list[str]) -> dict[str, float]:
+    settings: dict[str, float] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--set {pair}: wanted NAME=NUMBER")
+        settings[name] = int(number) if name.endswith("top_k") else number
+    return settings
+
+
+def main() -> None:
+    app(prog_name="musiclm")
+
+
+if __name__ == "__main__":
+    main()

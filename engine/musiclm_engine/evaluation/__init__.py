@@ -1,0 +1,21 @@
+"""Judges that took no part in training, and the evaluation that they give."""
+
+from .evaluate import (
+    JudgedClip,
+    Judgement,
+    Judges,
+    compare_judgements,
+    evaluate_clips,
+    is_audibly_notes,
+)
+from .report import markdown_table
+
+__all__ = [
+    "JudgedClip",
+    "Judgement",
+    "Judges",
+    "compare_judgements",
+    "evaluate_clips",
+    "is_audibly_notes",
+    "markdown_table",
+]

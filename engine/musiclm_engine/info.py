@@ -1,0 +1,27 @@
+"""What `musiclm info` tells."""
+
+import platform
+from collections.abc import Iterator
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+
+from musiclm_kernels import implementations
+
+PACKAGES = ("musiclm-engine", "torch", "triton", "torchaudio", "numpy")
+
+
+def describe(num_cuda_devices: int) -> Iterator[str]:
+    """Lines for a person to read, and to paste into a report."""
+    yield f"python {platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            yield f"{package} is not installed"
+    yield f"CUDA devices: {num_cuda_devices}"
+    assets = resources.files("musiclm_engine") / "assets"
+    size = sum(len(f.read_bytes()) for f in assets.iterdir() if f.name.endswith(".safetensors"))
+    yield f"bundled model: {size / 2**20:.1f} MiB in {assets}"
+    yield "operation: body on CPU, body on CUDA"
+    for name, bodies in sorted(implementations().items()):
+        yield f"  {name}: {bodies['cpu']}, {bodies['cuda']}"

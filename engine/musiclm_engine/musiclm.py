@@ -1,0 +1,288 @@
+"""MusicLM: text in, music out, the candidates ranked by MuLaN (arXiv 2301.11325)."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from musiclm_engine.audiolm import SemanticTokenizer
+from musiclm_engine.checkpoint import CheckpointError, read_json, save_model, write_json
+from musiclm_engine.components import load_component
+from musiclm_engine.generation import AudioLM, Sampling, StageSampling, Windows, derive_seeds
+from musiclm_engine.generation.audiolm import StageProgress
+from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
+
+STAGES = tuple(field.name for field in fields(StageSampling))
+DESCRIPTION = "musiclm.json"  # names a folder's format and holds what no part knows
+
+
+@dataclass(frozen=True)
+class MusicLMOutput:
+    """What `MusicLM.generate` made of P prompts, N samples each, best candidate first.
+
+    Attributes:
+        audio: [P, N, samples] float32 in [-1, 1].
+        sample_rate: Hz.
+        scores: [P, N] MuLaN similarity of audio and prompt, descending.
+        tokens: "mulan" [P, M]; "semantic" [P, N, S]; "coarse" [P, N, T, Qc]; "fine"
+            [P, N, T, Qf], int64, in the order of audio.
+        sample_seeds: [P, N] int64: which of the N seeds each candidate grew from.
+    """
+
+    audio: Tensor
+    sample_rate: int
+    scores: Tensor
+    tokens: dict[str, Tensor]
+    sample_seeds: Tensor
+
+
+class MusicLM(nn.Module):
+    """MuLaN, its quantiser and AudioLM as one model.
+
+    Args:
+        mulan: embeds prompts and judges candidates.
+        quantizer: turns embeddings into the conditioning tokens.
+        tokenizer: of semantic tokens; generation from text does not use it, continuing given
+            audio does.
+        audiolm: stages and codec.
+        sampling: settings of the stages where a caller names none.
+    """
+
+    def __init__(
+        self,
+        *,
+        mulan: MuLaN,
+        quantizer: MuLaNEmbedQuantizer,
+        tokenizer: SemanticTokenizer,
+        audiolm: AudioLM,
+        sampling: StageSampling,
+    ) -> None:
+        super().__init__()
+        self.mulan = mulan
+        self.quantizer = quantizer
+        self.tokenizer = tokenizer
+        self.audiolm = audiolm
+        self.sampling = sampling
+
+    @property
+    def sample_rate(self) -> int:
+        return self.audiolm.codec.sample_rate_hz
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu"
+    ) -> Self:
+        """Load the bundled model, or one that `save_pretrained` wrote.
+
+        Args:
+            path: a folder; None is the bundled model.
+            device: to put it on.
+
+        Raises:
+            CheckpointError: the folder holds no model, or a broken one.
+            ValueError: there is no such device here.
+        """
+        folder = Path(path or str(resources.files("musiclm_engine") / "assets"))
+        target = check_device(device)
+        description = read_json(folder / DESCRIPTION)
+        try:
+            windows = Windows(**description["windows"])
+            sampling = StageSampling(
+                **{stage: Sampling(**description["sampling"][stage]) for stage in STAGES}
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / DESCRIPTION} is not understood: {error!r}") from None
+        parts = {
+            name: load_component(name, folder / name)
+            for name in ("codec", "tokenizer", "mulan", "quantizer", *STAGES)
+        }
+        audiolm = AudioLM(
+            codec=parts["codec"], windows=windows, **{stage: parts[stage] for stage in STAGES}
+        )
+        model = cls(
+            mulan=parts["mulan"],
+            quantizer=parts["quantizer"],
+            tokenizer=parts["tokenizer"],
+            audiolm=audiolm,
+            sampling=sampling,
+        )
+        return model.to(target).eval()
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16
+    ) -> None:
+        """Write the model to a folder: two files a part, and one of settings, written last.
+
+        Args:
+            path: of the folder, made if it is not there.
+            dtype: of the weights on disk.
+        """
+        folder = Path(path)
+        parts = {
+            "codec": self.audiolm.codec,
+            "tokenizer": self.tokenizer,
+            "mulan": self.mulan,
+            "quantizer": self.quantizer,
+            **{stage: getattr(self.audiolm, stage) for stage in STAGES},
+        }
+        for name, part in parts.items():
+            save_model(part, folder / name, dtype=dtype)
+        write_json(
+            folder / DESCRIPTION,
+            {"windows": asdict(self.audiolm.windows), "sampling": asdict(self.sampling)},
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seconds: float = 10.0,
+        num_samples: int = 4,
+        seed: int = 0,
+        on_progress: StageProgress | None = None,
+        **settings: float,
+    ) -> MusicLMOutput:
+        """Make music for each prompt.
+
+        All candidates of all prompts are one batch. A candidate depends on its prompt, its number
+        and the seed, never on what else is in the batch.
+
+        Args:
+            prompts: P descriptions of music, or one.
+            seconds: of audio.
+            num_samples: N candidates a prompt.
+            seed: of everything random.
+            on_progress: called as work gets on: (stage, done, total).
+            **settings: of sampling, `<stage>_<setting>` or `<setting>` for all three stages:
+                semantic_temperature=0.9, coarse_top_k=50, guidance=2.0 … see `Sampling`.
+
+        Returns:
+            audio, scores and tokens, best candidate first.
+
+        Raises:
+            ValueError: an empty prompt, seconds or num_samples that are not positive, a setting
+                that does not exist or is out of range.
+            MemoryError: there is not enough memory for this much audio.
+        """
+        texts = check_prompts(prompts)
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
+        if not seconds > 0 or math.isinf(seconds):
+            raise ValueError(f"seconds is {seconds}, wanted a positive number")
+        sampling = merge_settings(self.sampling, settings)
+        self._refuse_what_does_not_fit(seconds, len(texts) * num_samples, sampling)
+
+        conditioning = self.quantizer.encode(self.mulan.embed_text(texts))
+        seeds = derive_seeds(seed, count=num_samples).to(conditioning.device)
+        generated = self.audiolm.generate(
+            conditioning.repeat_interleave(num_samples, dim=0),
+            seconds=seconds,
+            seeds=seeds.repeat(len(texts)),
+            sampling=sampling,
+            on_progress=on_progress,
+        )
+        embeddings = self.mulan.embed_audio(generated.audio)
+        wanted = self.mulan.embed_text(texts).repeat_interleave(num_samples, dim=0)
+        scores = (embeddings * wanted).sum(-1).view(len(texts), num_samples)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+
+        def best_first(rows: Tensor) -> Tensor:
+            by_prompt = rows.view(len(texts), num_samples, *rows.shape[1:])
+            return torch.stack([own[best] for own, best in zip(by_prompt, order, strict=True)])
+
+        tokens = {stage: best_first(rows) for stage, rows in generated.tokens.items()}
+        return MusicLMOutput(
+            audio=best_first(generated.audio),
+            sample_rate=self.sample_rate,
+            scores=scores.gather(1, order),
+            tokens={"mulan": conditioning, **tokens},
+            sample_seeds=seeds[order],
+        )
+
+    def _refuse_what_does_not_fit(self, seconds: float, rows: int, sampling: StageSampling) -> None:
+        """Compare what the caches, spectra and waveforms will take with what is free."""
+        needed = 0.0
+        for name in STAGES:
+            stage = getattr(self.audiolm, name)
+            window = min(seconds, getattr(self.audiolm.windows, f"{name}_seconds"))
+            count = math.ceil(seconds / window) if name == "fine" else 1
+            guided = 2 if getattr(sampling, name).guidance != 1.0 else 1
+            frames = self.audiolm.frames(window)
+            cached = stage.sequence_length(frames if stage.context_levels else 0, frames)
+            width = stage.transformer.heads * stage.transformer.dim_head
+            layers = len(stage.transformer.layers)
+            needed = max(needed, 8.0 * rows * count * guided * cached * width * layers)
+        samples = seconds * self.sample_rate
+        # The waveforms of all rows, and one row's spectrum in its few copies (4 n_fft / hop each).
+        needed += 8.0 * rows * samples + 200.0 * samples
+        free = _free_bytes(next(self.parameters()).device)
+        if needed > free:
+            raise MemoryError(
+                f"{rows} x {seconds:g} s of audio needs about {needed / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB are free: ask for fewer seconds or samples"
+            )
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """A list of prompts, each with something in it."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ValueError("prompts is empty, wanted at least one description of music")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"prompts has {text!r} in it, wanted a description of music")
+    return texts
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if it is here.
+
+    Raises:
+        ValueError: it is unknown, or not here.
+    """
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}, wanted cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, wanted cpu, cuda or cuda:N")
+    if target.type == "cuda":
+        present = torch.cuda.device_count()
+        if (target.index or 0) >= present:
+            raise ValueError(f"device is {device!r}, but there are {present} CUDA devices here")
+    return target
+
+
+def merge_settings(sampling: StageSampling, settings: Mapping[str, float]) -> StageSampling:
+    """Sampling with `<stage>_<setting>`, or `<setting>` for all stages, put in; specific wins."""
+    known = {field.name for field in fields(Sampling)}
+    changes: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
+    for key, value in sorted(settings.items(), key=lambda item: item[0] not in known):
+        stage, _, setting = key.partition("_")
+        if key in known:
+            for own in changes.values():
+                own[key] = value
+        elif stage in changes and setting in known:
+            changes[stage][setting] = value
+        else:
+            raise ValueError(
+                f"{key} is no setting; wanted one of {', '.join(sorted(known))}, alone or after "
+                f"{'_, '.join(STAGES)}_"
+            )
+    merged: dict[str, Any] = {
+        stage: replace(getattr(sampling, stage), **changes[stage]) for stage in STAGES
+    }
+    return StageSampling(**merged)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,41 @@
+"""A trained set of models, put together as one MusicLM."""
+
+from pathlib import Path
+
+from musiclm_engine.components import CLASSES, load_component
+from musiclm_engine.generation import AudioLM, Sampling, StageSampling, Windows
+from musiclm_engine.musiclm import STAGES, MusicLM
+from musiclm_engine.training.config import load_config, table
+
+
+def bundle_run(run_dir: Path, *, config: str) -> MusicLM:
+    """Load every model of run_dir.
+
+    Args:
+        run_dir: as `training.run.train` fills it.
+        config: the configuration it was trained with: its crops become the windows of generation,
+            its [sampling] the default settings.
+
+    Raises:
+        CheckpointError: a model is missing.
+    """
+    settings = load_config(config)
+    parts = {name: load_component(name, run_dir / name / "model") for name in CLASSES}
+    windows = Windows(
+        **{f"{stage}_seconds": table(settings, stage)["crop_seconds"] for stage in STAGES}
+    )
+    sampling = StageSampling(
+        **{
+            stage: Sampling(**table(settings, stage).get("sampling", {"temperature": 1.0}))
+            for stage in STAGES
+        }
+    )
+    return MusicLM(
+        mulan=parts["mulan"],
+        quantizer=parts["quantizer"],
+        tokenizer=parts["tokenizer"],
+        audiolm=AudioLM(
+            codec=parts["codec"], windows=windows, **{stage: parts[stage] for stage in STAGES}
+        ),
+        sampling=sampling,
+    ).eval()

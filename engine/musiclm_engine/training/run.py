@@ -1,0 +1,65 @@
+"""Train one model of a set, whichever it is: what `musiclm train` does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from musiclm_engine.training import recipes
+from musiclm_engine.training.config import TRAINED, load_config, table
+from musiclm_engine.training.loop import fit
+from musiclm_engine.training.recipes import Workplace
+
+Report = Callable[[str, int, int, dict[str, float]], None]  # what is done, how far, figures
+
+
+def train(
+    name: str,
+    *,
+    config: str,
+    manifest: Path,
+    run_dir: Path,
+    device: torch.device,
+    minutes: float | None = None,
+    report: Report,
+) -> None:
+    """Train, or go on training, one of `TRAINED` in run_dir.
+
+    Models build on those before them in `TRAINED`; a missing one is named by the error.
+
+    Args:
+        name: of the model.
+        config: see `load_config`.
+        manifest: of the audio.
+        run_dir: of the whole set.
+        minutes: stop after this long, to be resumed by the same call.
+        report: called with what is going on, as it goes on.
+
+    Raises:
+        ConfigError, CheckpointError, ManifestError: something it needs is missing or broken.
+        FloatingPointError: training diverged.
+    """
+    place = Workplace(run_dir, manifest, load_config(config), device)
+
+    def progress(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: report(what, done, total, {})
+
+    if name == "tokenizer":
+        recipes.fit_tokenizer(place, progress("tokenizer"))
+        return
+    if name == "quantizer":
+        recipes.fit_quantizer(place, progress("quantizer"))
+        return
+    if name == "codec":
+        recipe = recipes.codec_recipe(place)
+    elif name == "mulan":
+        recipe = recipes.mulan_recipe(place)
+    elif name in TRAINED:
+        recipe = recipes.stage_recipe(place, name, progress("tokens"))
+    else:
+        raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}")
+    schedule = recipes.schedule(table(place.config, name))
+    for done, figures in fit(
+        recipe, schedule, run_dir / name, seed=place.seed, device=device, minutes=minutes
+    ):
+        report(name, done, schedule.steps, figures)

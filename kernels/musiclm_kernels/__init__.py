@@ -1,0 +1,27 @@
+"""Fused operations for MusicLM, under `torch.ops.musiclm`.
+
+Each op is plain PyTorch on CPU. So it is on CUDA until its Triton kernel is written:
+`implementations()` says what runs where.
+"""
+
+from musiclm_kernels import reference
+from musiclm_kernels.attention import biased_attention
+from musiclm_kernels.contrastive import contrastive_loss
+from musiclm_kernels.decode import decode_attention
+from musiclm_kernels.patch_dropout import drop_patches
+from musiclm_kernels.quantize import rvq_decode, rvq_ema_update, rvq_encode
+from musiclm_kernels.registry import implementations
+from musiclm_kernels.sampling import sample_logits
+
+__all__ = [
+    "biased_attention",
+    "contrastive_loss",
+    "decode_attention",
+    "drop_patches",
+    "implementations",
+    "reference",
+    "rvq_decode",
+    "rvq_ema_update",
+    "rvq_encode",
+    "sample_logits",
+]

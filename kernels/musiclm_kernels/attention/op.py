@@ -1,0 +1,171 @@
+"""Biased attention as a PyTorch op: schema, shape rule, autograd, and the public function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_kernels.attention import reference
+from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
+from musiclm_kernels.registry import define_op
+
+_ARGUMENTS = (
+    "Tensor? table, Tensor? q_codes, Tensor? k_codes, SymInt offset, bool causal, "
+    "Tensor? key_mask, float scale"
+)
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wants_table = rest[-1]
+    grad_table = (
+        table.new_empty(table.shape)
+        if wants_table and table is not None
+        else lse.new_empty(q.shape[1], 0)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_table
+
+
+_attention = define_op(
+    "biased_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    reference.attention_and_lse,
+    _fake,
+)
+_attention_backward = define_op(
+    "biased_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}, bool wants_table) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.attention_backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, table, q_codes, k_codes, key_mask)
+    ctx.offset, ctx.causal, ctx.scale = offset, causal, scale
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, table, q_codes, k_codes, key_mask = ctx.saved_tensors
+    wants_table = ctx.needs_input_grad[3]
+    grad_q, grad_k, grad_v, grad_table = _attention_backward(
+        grad_out, q, k, v, out, lse, table, q_codes, k_codes,
+        ctx.offset, ctx.causal, key_mask, ctx.scale, wants_table,
+    )  # fmt: skip
+    return (grad_q, grad_k, grad_v, grad_table if wants_table else None) + (None,) * 6
+
+
+torch.library.register_autograd(
+    "musiclm::biased_attention", _backward, setup_context=_setup_context
+)
+
+
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor | None = None,
+    q_codes: Tensor | None = None,
+    k_codes: Tensor | None = None,
+    offset: int = 0,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, with a positional bias read from a small table:
+
+        bias[h, i, j] = table[h, clamp(q_codes[i] - k_codes[j] + offset, 0, T - 1)]
+
+    Differentiable, once, in q, k, v and table; the table's gradient is the same bits on every run.
+    A query that sees no key gives zeros and has zero gradients.
+
+    Args:
+        q: [B, H, N, D], any float dtype.
+        k: [B, Hkv, M, D], q's dtype; H is a multiple of Hkv, and query head h reads key head
+            h // (H / Hkv).
+        v: [B, Hkv, M, D], q's dtype.
+        table: [H, T] float32 (float64 beside float64 queries), or None for no bias.
+        q_codes: [B, N] or [1, N] int32 within +-2^30; needed with table and only then.
+        k_codes: [B, M] or [1, M] int32 within +-2^30; needed with table and only then.
+        offset: added to the difference of the codes.
+        causal: query i sees the keys j <= i + M - N, so that the last query sees every key.
+        key_mask: [B, M] bool, True where a key may be attended.
+        scale: of q k^T, before the bias; 1 / sqrt(D) if None.
+
+    Returns:
+        [B, H, N, D], packed, in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above, or the table comes
+            without codes, or codes without a table.
+
+    Source: bias design of this project (docs: one bias for every transformer); softmax with a
+    saved log-sum as in FlashAttention-2 (arXiv 2307.08691, section 3.1).
+    """
+    check_dims("q", q, "B H N D")
+    check_dtype("q", q, *FLOATS)
+    B, H, N, D = q.shape
+    check_dims("k", k, "B Hkv M D")
+    num_key_heads, M = k.shape[1], k.shape[2]
+    if num_key_heads == 0 or H % num_key_heads:
+        raise ValueError(f"k has {num_key_heads} heads, wanted a divisor of q's {H}")
+    for name, tensor in (("k", k), ("v", v)):
+        check_shape(name, tensor, B, num_key_heads, M, D)
+        check_dtype(name, tensor, q.dtype)
+        check_device(name, tensor, q.device)
+    if table is not None:
+        _check_table(table, q)
+    for name, codes, length in (("q_codes", q_codes, N), ("k_codes", k_codes, M)):
+        _check_codes(name, codes, table, B, length, q.device)
+    if key_mask is not None:
+        check_shape("key_mask", key_mask, B, M)
+        check_dtype("key_mask", key_mask, torch.bool)
+        check_device("key_mask", key_mask, q.device)
+    scale = D**-0.5 if scale is None else scale
+    return _attention(q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale)[0]
+
+
+def _check_table(table: Tensor, q: Tensor) -> None:
+    check_dims("table", table, "H T")
+    if table.shape[0] != q.shape[1] or table.shape[1] == 0:
+        raise ValueError(
+            f"table has shape {tuple(table.shape)}, wanted ({q.shape[1]}, T) with T at least 1"
+        )
+    check_dtype("table", table, torch.promote_types(q.dtype, torch.float32), torch.float32)
+    check_device("table", table, q.device)
+
+
+def _check_codes(
+    name: str,
+    codes: Tensor | None,
+    table: Tensor | None,
+    B: int,
+    length: int,
+    device: torch.device,
+) -> None:
+    if codes is None:
+        if table is not None:
+            raise ValueError(f"{name} is None, wanted ({B} or 1, {length}) int32 with a table")
+        return
+    if table is None:
+        raise ValueError(f"{name} is given without a table, wanted None")
+    if codes.dim() != 2 or codes.shape[0] not in (1, B) or codes.shape[1] != length:
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}, wanted ({B} or 1, {length})")
+    check_dtype(name, codes, torch.int32)
+    check_device(name, codes, device)

@@ -1,0 +1,3 @@
+from musiclm_kernels.patch_dropout.op import drop_patches
+
+__all__ = ["drop_patches"]

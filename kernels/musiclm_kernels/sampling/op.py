@@ -1,0 +1,128 @@
+"""Sampling as a PyTorch op: schema, shape rule, and the public function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
+from musiclm_kernels.registry import define_op
+from musiclm_kernels.sampling import reference
+
+
+def _reference(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    guidance_scale: float | None,
+    unconditional: Tensor | None,
+    seeds: Tensor,
+    step: int,
+    allowed: Tensor | None,
+) -> Tensor:
+    return reference.sample_logits(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        guidance_scale=guidance_scale, unconditional=unconditional,
+        seeds=seeds, step=step, allowed=allowed,
+    )  # fmt: skip
+
+
+def _fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+_sample_logits = define_op(
+    "sample_logits",
+    "(Tensor logits, float temperature, SymInt top_k, float top_p, float min_p, "
+    "float? guidance_scale, Tensor? unconditional, Tensor seeds, SymInt step, Tensor? allowed) "
+    "-> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def sample_logits(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    guidance_scale: float | None = None,
+    unconditional: Tensor | None = None,
+    seeds: Tensor,
+    step: int,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """Draw one token a row: argmax of the filtered logits plus Gumbel noise.
+
+    In this order: guidance (unconditional + guidance_scale * (logits - unconditional)), allowed,
+    temperature, top_k, top_p, min_p, the draw. A filter keeps the tokens that equal its threshold,
+    so ties are never cut. The noise of column c is made from the Philox uniform at
+    (seeds[b], step * V + c): row b depends on row b, seeds[b] and step, on nothing else in the
+    batch and on no generator. Not differentiable.
+
+    Args:
+        logits: [B, V], any float dtype; -inf rules a token out.
+        temperature: divides the logits; 0 takes the largest, the lowest index on ties.
+        top_k: keep the k largest; 0 keeps all.
+        top_p: keep the fewest tokens whose probabilities sum to at least this, in (0, 1].
+        min_p: keep tokens at least this times as probable as the likeliest, in [0, 1].
+        guidance_scale: needed with unconditional and only then; 1 gives logits back, 0 unconditional.
+        unconditional: [B, V], the logits without the condition, finite, in the dtype of logits.
+        seeds: [B] int64, one per row.
+        step: which draw of these seeds this is, from 0 up.
+        allowed: [V] or [B, V] bool, True where a token may be drawn. A row that allows nothing
+            gives token 0: looking would need a synchronisation.
+
+    Returns:
+        [B] int64. Computed in fp32, or fp64 for float64 logits.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above, or a number is outside
+            its range.
+
+    Source: top-p: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al., arXiv 2407.01082;
+    guidance: Ho and Salimans, arXiv 2207.12598, on logits.
+    """
+    check_dims("logits", logits, "B V")
+    check_dtype("logits", logits, *FLOATS)
+    B, V = logits.shape
+    if V == 0:
+        raise ValueError(f"logits has shape {(B, V)}, wanted at least one column")
+    _check_numbers(temperature, top_k, top_p, min_p, step)
+    if (guidance_scale is None) != (unconditional is None):
+        missing = "unconditional" if unconditional is None else "guidance_scale"
+        raise ValueError(f"{missing} is None, wanted with its partner: both or neither")
+    if unconditional is not None:
+        check_shape("unconditional", unconditional, B, V)
+        check_dtype("unconditional", unconditional, logits.dtype)
+        check_device("unconditional", unconditional, logits.device)
+        unconditional = unconditional.detach()
+    check_shape("seeds", seeds, B)
+    check_dtype("seeds", seeds, torch.int64)
+    check_device("seeds", seeds, logits.device)
+    if allowed is not None:
+        if allowed.shape != (V,) and allowed.shape != (B, V):
+            raise ValueError(f"allowed has shape {tuple(allowed.shape)}, wanted {(V,)} or {(B, V)}")
+        check_dtype("allowed", allowed, torch.bool)
+        check_device("allowed", allowed, logits.device)
+    return _sample_logits(
+        logits.detach(), temperature, top_k, top_p, min_p,
+        guidance_scale, unconditional, seeds, step, allowed,
+    )  # fmt: skip
+
+
+def _check_numbers(temperature: float, top_k: int, top_p: float, min_p: float, step: int) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}, wanted 0 or more")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}, wanted 0 (off) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, wanted within (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p is {min_p}, wanted within [0, 1]")
+    if step < 0:
+        raise ValueError(f"step is {step}, wanted 0 or more")

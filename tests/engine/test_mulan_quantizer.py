@@ -1,0 +1,90 @@
+import itertools
+import json
+
+import pytest
+import torch
+
+from musiclm_engine.mulan import MuLaNEmbedQuantizer
+
+
+def embeddings(num_rows: int = 600, dim: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.nn.functional.normalize(torch.randn(num_rows, dim, generator=generator), dim=1)
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> MuLaNEmbedQuantizer:
+    quantizer = MuLaNEmbedQuantizer(16, num_quantizers=4, codebook_size=32)
+    quantizer.fit(embeddings(), seed=0)
+    return quantizer
+
+
+def test_each_level_brings_the_sum_closer(quantizer):
+    codes = quantizer.encode(embeddings())
+    assert codes.shape == (600, 4) and codes.dtype == torch.int64
+    errors = []
+    for num_levels in range(5):
+        part = codes.clone()
+        part[:, num_levels:] = -1
+        errors.append((quantizer.decode(part) - embeddings()).square().sum(1).mean().item())
+    assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_every_code_is_used(quantizer):
+    codes = quantizer.encode(embeddings())
+    assert all(len(codes[:, level].unique()) >= 30 for level in range(4))
+
+
+def test_clusters_are_found():
+    generator = torch.Generator().manual_seed(1)
+    centres = 10 * torch.randn(4, 16, generator=generator)
+    rows = centres.repeat(50, 1) + 0.01 * torch.randn(200, 16, generator=generator)
+    quantizer = MuLaNEmbedQuantizer(16, num_quantizers=1, codebook_size=8)
+    quantizer.fit(rows, seed=0)
+    assert (quantizer.decode(quantizer.encode(rows)) - rows).abs().max() < 0.1
+
+
+def test_a_seed_fixes_the_codebooks(quantizer):
+    again, other = (MuLaNEmbedQuantizer(16, 4, 32) for _ in range(2))
+    again.fit(embeddings(), seed=0)
+    other.fit(embeddings(), seed=1)
+    assert torch.equal(again.codebooks, quantizer.codebooks)
+    assert not torch.equal(other.codebooks, quantizer.codebooks)
+
+
+def test_as_many_rows_as_codes_are_kept_exactly():
+    quantizer = MuLaNEmbedQuantizer(16, num_quantizers=2, codebook_size=600)
+    quantizer.fit(embeddings(), seed=0, iterations=2)
+    decoded = quantizer.decode(quantizer.encode(embeddings()))
+    torch.testing.assert_close(decoded, embeddings(), atol=1e-5, rtol=0)
+
+
+def test_config_and_state_rebuild_it(quantizer):
+    rebuilt = MuLaNEmbedQuantizer.from_config(json.loads(json.dumps(quantizer.config)))
+    with pytest.raises(RuntimeError, match="fit"):
+        rebuilt.encode(embeddings())
+    rebuilt.load_state_dict(quantizer.state_dict())
+    assert torch.equal(rebuilt.encode(embeddings()), quantizer.encode(embeddings()))
+
+
+def test_refuses_use_before_fit():
+    quantizer = MuLaNEmbedQuantizer()
+    with pytest.raises(RuntimeError, match="fit"):
+        quantizer.encode(torch.zeros(1, 128))
+    with pytest.raises(RuntimeError, match="fit"):
+        quantizer.decode(torch.zeros(1, 12, dtype=torch.int64))
+
+
+def test_refuses_bad_input(quantizer):
+    with pytest.raises(ValueError, match="31 rows for 32 codes"):
+        MuLaNEmbedQuantizer(16, 4, 32).fit(embeddings(31), seed=0)
+    with pytest.raises(ValueError, match="finite"):
+        MuLaNEmbedQuantizer(16, 4, 32).fit(embeddings() / 0, seed=0)
+    with pytest.raises(ValueError, match="iterations"):
+        MuLaNEmbedQuantizer(16, 4, 32).fit(embeddings(), seed=0, iterations=0)
+    with pytest.raises(ValueError, match=r"\(B, 16\)"):
+        quantizer.encode(torch.zeros(16))
+    with pytest.raises(ValueError, match=r"\(B, 4\)"):
+        quantizer.decode(torch.zeros(1, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="codebook_size=0"):
+        MuLaNEmbedQuantizer(codebook_size=0)

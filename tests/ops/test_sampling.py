@@ -1,0 +1,230 @@
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from musiclm_kernels import reference, sample_logits
+from musiclm_kernels.philox import uniform
+
+SEEDS = torch.arange(4)
+
+
+def logits(B=4, V=37, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(B, V, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def by_loops(row, *, temperature, top_k, top_p, min_p, seed, step):
+    """One row in plain Python: a set of survivors, then the Gumbel race."""
+    V = len(row)
+    scores = [value / temperature for value in row.tolist()]
+    kept = set(range(V))
+    if top_k:
+        floor = sorted(scores, reverse=True)[min(top_k, V) - 1]
+        kept = {c for c in kept if scores[c] >= floor}
+    peak = max(scores)
+    mass = sum(math.exp(scores[c] - peak) for c in kept)
+    nucleus, total = set(), 0.0
+    for c in sorted(kept, key=lambda c: -scores[c]):
+        if total >= top_p:
+            break
+        nucleus.add(c)
+        total += math.exp(scores[c] - peak) / mass
+    kept = {c for c in nucleus if math.exp(scores[c] - peak) >= min_p}
+    noise = {c: uniform(seed, torch.tensor(step * V + c)).item() for c in kept}
+    return max(kept, key=lambda c: scores[c] - math.log(-math.log(noise[c])))
+
+
+@pytest.mark.parametrize("function", [sample_logits, reference.sample_logits])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 5},
+        {"top_k": 1000},
+        {"top_p": 0.8},
+        {"top_p": 1e-6},
+        {"min_p": 0.1},
+        {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ],
+)
+def test_matches_loops(function, filters):
+    rows = logits()
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    for step in range(6):
+        tokens = function(rows, **filters, seeds=SEEDS, step=step)
+        assert tokens.dtype == torch.int64
+        wanted = [by_loops(rows[b], **full, seed=b, step=step) for b in range(4)]
+        assert tokens.tolist() == wanted
+
+
+def test_frequencies_are_the_softmax():
+    row = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    draws = 40_000
+    tokens = sample_logits(row.expand(draws, 5), temperature=1.5, seeds=torch.arange(draws), step=0)
+    frequencies = torch.bincount(tokens, minlength=5) / draws
+    assert (frequencies - (row / 1.5).softmax(0)).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+def test_filters_bound_what_is_drawn():
+    row = logits(1)
+    many, seeds = row.expand(2000, 37), torch.arange(2000)
+    ranked = row[0].argsort(descending=True).tolist()
+    drawn = set(sample_logits(many, top_k=3, seeds=seeds, step=0).tolist())
+    assert drawn <= set(ranked[:3]) and len(drawn) > 1
+    assert set(sample_logits(many, top_k=1, seeds=seeds, step=0).tolist()) == {ranked[0]}
+    assert set(sample_logits(many, min_p=1.0, seeds=seeds, step=0).tolist()) == {ranked[0]}
+
+
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.01, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.91, 4), (1.0, 4)]
+)
+def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
+    row = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
+    many, seeds = row.expand(500, 4), torch.arange(500)
+    drawn = set(sample_logits(many, top_p=top_p, seeds=seeds, step=0).tolist())
+    assert drawn == set([1, 3, 0, 2][:kept])
+
+
+def test_a_draw_of_zero_does_not_beat_the_filters(monkeypatch):
+    monkeypatch.setattr(
+        "musiclm_kernels.sampling.reference.uniform",
+        lambda seed, offset: torch.zeros(torch.broadcast_shapes(seed.shape, offset.shape)),
+    )
+    allowed = torch.arange(37) == 11
+    assert sample_logits(logits(), seeds=SEEDS, step=0, allowed=allowed).eq(11).all()
+
+
+def test_temperature_zero_takes_the_largest_and_the_lowest_of_ties():
+    rows = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0.0, 0.0, 5.0]])
+    tokens = sample_logits(rows, temperature=0, top_k=1, seeds=SEEDS[:3], step=0)
+    assert tokens.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens(per_row, temperature):
+    rows = logits(64)
+    allowed = torch.rand(64, 37, generator=torch.Generator().manual_seed(1)) > 0.7
+    allowed[:, 11] = True
+    allowed = allowed if per_row else allowed[0]
+    seeds = torch.arange(64)
+    tokens = sample_logits(rows, temperature=temperature, seeds=seeds, step=2, allowed=allowed)
+    assert allowed.expand(64, 37).gather(1, tokens[:, None]).all()
+    only = torch.zeros(37, dtype=torch.bool)
+    only[11] = True
+    assert sample_logits(rows, seeds=seeds, step=2, allowed=only).eq(11).all()
+
+
+def test_a_row_that_allows_nothing_gives_token_zero():
+    none = torch.zeros(37, dtype=torch.bool)
+    for filters in ({}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}):
+        assert sample_logits(logits(), **filters, seeds=SEEDS, step=0, allowed=none).eq(0).all()
+
+
+def test_guidance_mixes_before_the_filters():
+    rows, base = logits(), logits(seed=1)
+    settings = {"top_k": 5, "temperature": 0.8, "seeds": SEEDS, "step": 3}
+    guided = sample_logits(rows, unconditional=base, guidance_scale=2.5, **settings)
+    assert torch.equal(guided, sample_logits(base + 2.5 * (rows - base), **settings))
+    ruled_out = rows.clone()
+    ruled_out[:, :36] = -torch.inf
+    for scale in (0.0, 1.0, 3.0):
+        tokens = sample_logits(
+            ruled_out, unconditional=base, guidance_scale=scale, seeds=SEEDS, step=0
+        )
+        assert tokens.eq(36).all()
+
+
+def test_a_row_depends_on_itself_its_seed_and_the_step_alone():
+    rows = logits(dtype=torch.float32)
+    settings = {"top_p": 0.95, "temperature": 1.3}
+    together = torch.stack(
+        [sample_logits(rows, seeds=SEEDS + 5, step=step, **settings) for step in range(20)]
+    )
+    torch.manual_seed(99)
+    order = torch.tensor([2, 0])
+    apart = torch.stack(
+        [
+            sample_logits(rows[order], seeds=SEEDS[order] + 5, step=step, **settings)
+            for step in range(20)
+        ]
+    )
+    assert torch.equal(apart, together[:, order])
+    same = torch.stack(
+        [sample_logits(rows[:1].expand(4, 37), seeds=SEEDS, step=step) for step in range(20)]
+    )
+    assert len({tuple(column) for column in same.mT.tolist()}) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_computed_in_fp32(dtype):
+    rows = logits(dtype=dtype)
+    settings = {"top_p": 0.9, "temperature": 0.7, "seeds": SEEDS, "step": 1}
+    assert torch.equal(sample_logits(rows, **settings), sample_logits(rows.float(), **settings))
+
+
+def test_large_steps_and_seeds():
+    seeds = torch.tensor([2**63 - 1, -1, 2**32, 0])
+    first, later = (sample_logits(logits(), seeds=seeds, step=step) for step in (2**31, 2**40))
+    assert first.shape == later.shape == (4,)
+
+
+def test_one_column_and_no_rows():
+    assert sample_logits(torch.zeros(4, 1), seeds=SEEDS, step=0).eq(0).all()
+    assert sample_logits(torch.zeros(0, 5), top_p=0.5, seeds=SEEDS[:0], step=0).shape == (0,)
+
+
+def test_op_contract():
+    op, rows = torch.ops.musiclm.sample_logits.default, logits(dtype=torch.float32)
+    allowed = torch.ones(37, dtype=torch.bool)
+    torch.library.opcheck(op, (rows, 0.8, 5, 0.9, 0.01, 2.0, rows, SEEDS, 3, allowed))
+    torch.library.opcheck(op, (rows, 1.0, 0, 1.0, 0.0, None, None, SEEDS, 3, None))
+
+
+def test_compiles_once_for_every_step():
+    rows, counter = logits(), CompileCounter()
+    counted = torch.compile(
+        lambda step: sample_logits(rows, seeds=SEEDS, step=step), fullgraph=True, backend=counter
+    )
+    for step in range(2, 12):
+        counted(step)
+    assert counter.frame_count <= 2  # once as a constant, once as a symbol
+
+
+def test_compiles_without_graph_break():
+    rows = logits(dtype=torch.float32)
+    compiled = torch.compile(
+        lambda rows: sample_logits(rows * 2, top_k=5, seeds=SEEDS, step=3) + 1, fullgraph=True
+    )
+    wanted = sample_logits(rows * 2, top_k=5, seeds=SEEDS, step=3) + 1
+    assert torch.equal(compiled(rows), wanted)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"logits": torch.zeros(37)}, "logits has shape"),
+        ({"logits": torch.zeros(4, 37, dtype=torch.int64)}, "logits is torch.int64"),
+        ({"logits": torch.zeros(4, 0)}, "logits has shape"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"step": -1}, "step is -1"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds has shape"),
+        ({"seeds": torch.zeros(4, dtype=torch.int32)}, "seeds is torch.int32"),
+        ({"guidance_scale": 2.0}, "unconditional is None"),
+        ({"unconditional": torch.zeros(4, 37)}, "guidance_scale is None"),
+        ({"unconditional": torch.zeros(4, 36), "guidance_scale": 2.0}, "unconditional has shape"),
+        ({"allowed": torch.ones(36, dtype=torch.bool)}, "allowed has shape"),
+        ({"allowed": torch.ones(37)}, "allowed is torch.float32"),
+    ],
+)
+def test_refusals(change, name):
+    arguments = {"logits": logits(dtype=torch.float32), "seeds": SEEDS, "step": 0} | change
+    with pytest.raises(ValueError, match=name):
+        sample_logits(**arguments)
