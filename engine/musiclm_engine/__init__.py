@@ -7,21 +7,25 @@ out = model.generate("a slow hymn on a church organ in G minor", seconds=10)
 out.audio  # [prompts, samples, time], best candidate first
 """
 
-from musiclm_engine.audiolm import (
-    CoarseTransformer,
-    FineTransformer,
-    SemanticTokenizer,
-    SemanticTransformer,
-)
-from musiclm_engine.codec import SoundStream, SpectralSoundStream
-from musiclm_engine.generation import AudioLM
-from musiclm_engine.mulan import (
-    AudioSpectrogramTransformer,
-    MuLaN,
-    MuLaNEmbedQuantizer,
-    TextTransformer,
-)
-from musiclm_engine.musiclm import MusicLM, MusicLMOutput
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musiclm_engine.audiolm import (
+        CoarseTransformer,
+        FineTransformer,
+        SemanticTokenizer,
+        SemanticTransformer,
+    )
+    from musiclm_engine.codec import SoundStream, SpectralSoundStream
+    from musiclm_engine.generation import AudioLM
+    from musiclm_engine.mulan import (
+        AudioSpectrogramTransformer,
+        MuLaN,
+        MuLaNEmbedQuantizer,
+        TextTransformer,
+    )
+    from musiclm_engine.musiclm import MusicLM, MusicLMOutput
 
 __all__ = [
     "AudioLM",
@@ -38,3 +42,23 @@ __all__ = [
     "SpectralSoundStream",
     "TextTransformer",
 ]
+
+_HOMES = {
+    "audiolm": ("CoarseTransformer", "FineTransformer", "SemanticTokenizer", "SemanticTransformer"),
+    "codec": ("SoundStream", "SpectralSoundStream"),
+    "generation": ("AudioLM",),
+    "mulan": ("AudioSpectrogramTransformer", "MuLaN", "MuLaNEmbedQuantizer", "TextTransformer"),
+    "musiclm": ("MusicLM", "MusicLMOutput"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch takes a second to import: `musiclm --help` must not wait for it.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"musiclm_engine.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -33,7 +33,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; the file is either whole or as it was."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda partial: save_file(packed, partial))
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(packed, partial)
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None
+
+    _replace(path, write)
 
 
 def _replace(path: Path, write: Any) -> None:
@@ -51,6 +58,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
 
@@ -60,6 +69,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is broken or not safetensors: {error}") from None
 
@@ -96,13 +107,13 @@ def load_model(stem: Path, classes: dict[str, Any]) -> Any:
     description = read_json(path)
     if not isinstance(description, dict) or not {"class", "config"} <= description.keys():
         raise CheckpointError(f'{path} does not name a "class" and its "config"')
-    if description["class"] not in classes:
+    if str(description["class"]) not in classes:
         raise CheckpointError(
             f"{path} holds a {description['class']}, wanted {' or '.join(classes)}"
         )
     try:
         model = classes[description["class"]].from_config(description["config"])
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no class of its own
         raise CheckpointError(f"{path} has a config that cannot be built: {error}") from None
     weights = read_tensors(stem.with_name(stem.name + ".safetensors"))
     try:

@@ -21,14 +21,17 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")
 ]
+DECODE_THREADS = 1  # a token's matrices are small: on two cores, two threads took twice as long
 ModelOption = Annotated[
     Path | None, typer.Option(help="Folder of a model; the bundled one if not given.")
 ]
+REPEATED = ("prompts", "seconds", "num_samples", "seed", "setting", "model")  # in a record
 ManifestOption = Annotated[Path, typer.Option(help="Manifest of the clips and their captions.")]
 
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="What the music should be, one or more.")
     ] = None,
@@ -55,7 +58,7 @@ def generate(
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
-    threads: ThreadsOption = 0,
+    threads: ThreadsOption = DECODE_THREADS,
 ) -> None:
     """Make music from text.
 
@@ -68,8 +71,12 @@ def generate(
         from musiclm_engine.output import Request, check_output, read_request, write_outputs
 
         if repeat is not None:
-            if prompts or setting:
-                raise ValueError("--repeat takes prompts and settings from its file: give neither")
+            given = [name for name in REPEATED if _is_given(context, name)]
+            if given:
+                raise ValueError(
+                    "--repeat takes prompts and all settings from its file: "
+                    f"leave out {', '.join(given)}"
+                )
             request = read_request(repeat)
         else:
             request = Request(
@@ -78,7 +85,7 @@ def generate(
                 num_samples=num_samples,
                 seed=seed,
                 settings=_parse_settings(setting or []),
-                model=None if model is None else str(model),
+                model=None if model is None else str(model.absolute()),
             )
         check_output(out, spectrogram=spectrogram)
         from musiclm_engine.musiclm import MusicLM, check_prompts
@@ -178,7 +185,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
-    threads: ThreadsOption = 0,
+    threads: ThreadsOption = DECODE_THREADS,
 ) -> None:
     """Judge a model on captions of held-out pieces, with tools that took no part in training.
 
@@ -296,6 +303,11 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _parse_settings(pairs: list[str]) -> dict[str, float]:
     settings: dict[str, float] = {}
     for pair in pairs:
@@ -306,7 +318,7 @@ def _parse_settings(pairs: list[str]) -> dict[str, float]:
             equals = ""
         if not equals:
             raise ValueError(f"--set {pair}: wanted NAME=NUMBER")
-        settings[name] = int(number) if name.endswith("top_k") else number
+        settings[name] = int(number) if number.is_integer() else number
     return settings
 
 

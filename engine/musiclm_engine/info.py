@@ -20,8 +20,11 @@ def describe(num_cuda_devices: int) -> Iterator[str]:
             yield f"{package} is not installed"
     yield f"CUDA devices: {num_cuda_devices}"
     assets = resources.files("musiclm_engine") / "assets"
-    size = sum(len(f.read_bytes()) for f in assets.iterdir() if f.name.endswith(".safetensors"))
-    yield f"bundled model: {size / 2**20:.1f} MiB in {assets}"
+    weights = []
+    if assets.is_dir():
+        weights = [file for file in assets.iterdir() if file.name.endswith(".safetensors")]
+    size = sum(len(file.read_bytes()) for file in weights)
+    yield f"bundled model: {f'{size / 2**20:.1f} MiB' if weights else 'missing'} in {assets}"
     yield "operation: body on CPU, body on CUDA"
     for name, bodies in sorted(implementations().items()):
         yield f"  {name}: {bodies['cpu']}, {bodies['cuda']}"

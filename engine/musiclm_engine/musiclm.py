@@ -16,6 +16,7 @@ from musiclm_engine.checkpoint import CheckpointError, read_json, save_model, wr
 from musiclm_engine.components import load_component
 from musiclm_engine.generation import AudioLM, Sampling, StageSampling, Windows, derive_seeds
 from musiclm_engine.generation.audiolm import StageProgress
+from musiclm_engine.generation.evaluation_mode import evaluation_mode
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
 
 STAGES = tuple(field.name for field in fields(StageSampling))
@@ -52,6 +53,9 @@ class MusicLM(nn.Module):
             audio does.
         audiolm: stages and codec.
         sampling: settings of the stages where a caller names none.
+
+    Raises:
+        ValueError: the parts do not speak the same tokens, or not at the same sample rate.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class MusicLM(nn.Module):
         sampling: StageSampling,
     ) -> None:
         super().__init__()
+        _refuse_strangers(mulan, quantizer, tokenizer, audiolm)
         self.mulan = mulan
         self.quantizer = quantizer
         self.tokenizer = tokenizer
@@ -102,16 +107,20 @@ class MusicLM(nn.Module):
             name: load_component(name, folder / name)
             for name in ("codec", "tokenizer", "mulan", "quantizer", *STAGES)
         }
-        audiolm = AudioLM(
-            codec=parts["codec"], windows=windows, **{stage: parts[stage] for stage in STAGES}
-        )
-        model = cls(
-            mulan=parts["mulan"],
-            quantizer=parts["quantizer"],
-            tokenizer=parts["tokenizer"],
-            audiolm=audiolm,
-            sampling=sampling,
-        )
+        try:
+            model = cls(
+                mulan=parts["mulan"],
+                quantizer=parts["quantizer"],
+                tokenizer=parts["tokenizer"],
+                audiolm=AudioLM(
+                    codec=parts["codec"],
+                    windows=windows,
+                    **{stage: parts[stage] for stage in STAGES},
+                ),
+                sampling=sampling,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{folder} holds parts of several models: {error}") from None
         return model.to(target).eval()
 
     def save_pretrained(
@@ -174,22 +183,26 @@ class MusicLM(nn.Module):
         texts = check_prompts(prompts)
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
-        if not seconds > 0 or math.isinf(seconds):
-            raise ValueError(f"seconds is {seconds}, wanted a positive number")
+        self.audiolm.check_seconds(seconds)
         sampling = merge_settings(self.sampling, settings)
         self._refuse_what_does_not_fit(seconds, len(texts) * num_samples, sampling)
 
-        conditioning = self.quantizer.encode(self.mulan.embed_text(texts))
-        seeds = derive_seeds(seed, count=num_samples).to(conditioning.device)
-        generated = self.audiolm.generate(
-            conditioning.repeat_interleave(num_samples, dim=0),
-            seconds=seconds,
-            seeds=seeds.repeat(len(texts)),
-            sampling=sampling,
-            on_progress=on_progress,
-        )
-        embeddings = self.mulan.embed_audio(generated.audio)
-        wanted = self.mulan.embed_text(texts).repeat_interleave(num_samples, dim=0)
+        try:
+            with evaluation_mode(self):
+                wanted = self.mulan.embed_text(texts)
+                conditioning = self.quantizer.encode(wanted)
+                seeds = derive_seeds(seed, count=num_samples).to(conditioning.device)
+                generated = self.audiolm.generate(
+                    conditioning.repeat_interleave(num_samples, dim=0),
+                    seconds=seconds,
+                    seeds=seeds.repeat(len(texts)),
+                    sampling=sampling,
+                    on_progress=on_progress,
+                )
+                embeddings = self.mulan.embed_audio(generated.audio)
+        except torch.OutOfMemoryError as error:  # of a GPU: the estimate is one
+            raise MemoryError(f"{error}; ask for fewer seconds or samples") from None
+        wanted = wanted.repeat_interleave(num_samples, dim=0)
         scores = (embeddings * wanted).sum(-1).view(len(texts), num_samples)
         order = scores.argsort(dim=1, descending=True, stable=True)
 
@@ -228,6 +241,37 @@ class MusicLM(nn.Module):
                 f"{rows} x {seconds:g} s of audio needs about {needed / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB are free: ask for fewer seconds or samples"
             )
+
+
+def _refuse_strangers(
+    mulan: MuLaN, quantizer: MuLaNEmbedQuantizer, tokenizer: SemanticTokenizer, audiolm: AudioLM
+) -> None:
+    """Parts that were not trained together, as far as it shows: they would make noise."""
+    codec, semantic = audiolm.codec, audiolm.semantic
+    for name, part in (("mulan", mulan), ("tokenizer", tokenizer)):
+        if part.sample_rate_hz != codec.sample_rate_hz:
+            raise ValueError(
+                f"{name} takes {part.sample_rate_hz} Hz, the codec gives {codec.sample_rate_hz} Hz"
+            )
+    if quantizer.dim != mulan.dim_latent:
+        raise ValueError(f"quantizer takes {quantizer.dim} values, mulan gives {mulan.dim_latent}")
+    given = quantizer.num_quantizers, quantizer.codebook_size
+    taken = semantic.conditioning_length, semantic.conditioning_size
+    if given != taken:
+        raise ValueError(
+            f"quantizer gives {given[0]} tokens of {given[1]} values, "
+            f"the stages take {taken[0]} of {taken[1]}"
+        )
+    if tokenizer.num_tokens != semantic.target_size:
+        raise ValueError(
+            f"tokenizer has {tokenizer.num_tokens} tokens, "
+            f"the semantic stage {semantic.target_size}"
+        )
+    wanted = audiolm.coarse.context_stride * codec.hop_length
+    if tokenizer.hop_length != wanted:
+        raise ValueError(
+            f"tokenizer's tokens last {tokenizer.hop_length} samples, the coarse stage wants {wanted}"
+        )
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -285,4 +329,17 @@ def merge_settings(sampling: StageSampling, settings: Mapping[str, float]) -> St
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_bytes()
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory of this machine that programs can have: Linux counts its file cache as not free.
+
+    Elsewhere all of the machine's memory, which at least refuses what can never fit.
+    """
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, amount = line.partition(":")
+            if name == "MemAvailable":
+                return int(amount.removesuffix("kB")) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,14 +1,14 @@
 """What a generation leaves on disk: candidates as audio, a spectrogram, and how to make it again."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musiclm_engine.audio import save_audio
 from musiclm_engine.audio.files import AudioFileError
-from musiclm_engine.checkpoint import read_json, write_json
+from musiclm_engine.checkpoint import CheckpointError, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +39,24 @@ def read_request(path: Path) -> Request:
     """The request in a file that `write_outputs` wrote.
 
     Raises:
-        CheckpointError: there is none.
-        ValueError: the file holds something else.
+        CheckpointError: there is none, or the file holds something else.
     """
     content = read_json(path)
     try:
         request = Request(**content["request"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the record of a generation: {error!r}") from None
-    return Request(**{**asdict(request), "prompts": tuple(request.prompts)})
+        raise CheckpointError(f"{path} is not the record of a generation: {error!r}") from None
+    for name, value, kinds in (
+        ("prompts", request.prompts, list),
+        ("seconds", request.seconds, int | float),
+        ("num_samples", request.num_samples, int),
+        ("seed", request.seed, int),
+        ("settings", request.settings, dict),
+        ("model", request.model, str | None),
+    ):
+        if not isinstance(value, kinds):
+            raise CheckpointError(f"{path} is not the record of a generation: {name} is {value!r}")
+    return replace(request, prompts=tuple(request.prompts))
 
 
 def check_output(out: Path, *, spectrogram: bool) -> None:
@@ -108,7 +117,8 @@ def draw_spectrogram(audio: "Tensor", sample_rate_hz: int, path: Path, title: st
     axes.specgram(
         audio.numpy() + 1e-7, NFFT=1024, noverlap=768, Fs=sample_rate_hz, vmin=-140, cmap="magma"
     )
-    axes.set(xlabel="time (s)", ylabel="frequency (Hz)", title=title)
+    axes.set(xlabel="time (s)", ylabel="frequency (Hz)")
+    axes.set_title(title, parse_math=False)  # a prompt with two dollars is no formula
     partial = path.with_name(f".{path.stem}.partial.png")
     try:
         figure.savefig(partial, dpi=100)

@@ -67,7 +67,7 @@ def test_p_values_are_uniform_where_clips_ignore_their_captions() -> None:
             judgements, facts, judgements, facts, seed=trial, permutations=199
         )
         p_values.append(result["measures"]["instrument_score"]["p_value"])
-    # Hardly any ties: each fifth holds 30 of 150, and a binomial leaves 12 to 51 once in 10,000.
+    # Hardly any ties: each fifth holds 30 of 150, and a binomial leaves 12 to 51 in 3 of 100,000.
     counts, _ = np.histogram(p_values, bins=5, range=(0, 1))
     assert counts.min() >= 12 and counts.max() <= 51, counts
     assert min(p_values) >= 1 / 200

@@ -117,15 +117,19 @@ class SemanticTokenizer(nn.Module):
             seed: of k-means.
 
         Raises:
-            ValueError: fewer features than tokens.
+            ValueError: fewer features than tokens or components.
         """
+        num_components = self.components.shape[1]
+        if len(features) < num_components:
+            raise ValueError(f"features are {len(features)}, {num_components} components want more")
         mean = features.mean(0)
         _, _, directions = torch.linalg.svd((features - mean)[: 1 << 16], full_matrices=False)
+        # A copy in the buffer's layout: the product below rounds as encode's does.
+        components = directions[:num_components].T.clone(memory_format=torch.contiguous_format)
+        centroids = kmeans((features - mean) @ components, self.num_tokens, seed=seed)
         self.mean.copy_(mean)
-        self.components.copy_(directions[: self.components.shape[1]].T)
-        self.centroids.copy_(
-            kmeans((features - mean) @ self.components, self.num_tokens, seed=seed)
-        )
+        self.components.copy_(components)
+        self.centroids.copy_(centroids)
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:

@@ -259,3 +259,15 @@ class Stage(nn.Module):
                 continue
             if tokens.dim() != 3 or tokens.shape[0] != B or tokens.shape[2] != levels:
                 raise ValueError(f"{name} is {tuple(tokens.shape)}, wanted [{B}, frames, {levels}]")
+        for name, tokens, size in (
+            ("conditioning", conditioning, self.conditioning_size + 1),
+            ("context", context, self.context_size),
+            ("target", target, self.target_size),
+        ):
+            # The embeddings of the levels lie one after another: a token too large would silently
+            # read its neighbour's. Only on the CPU: elsewhere the look would synchronise.
+            if tokens is None or tokens.numel() == 0 or tokens.device.type != "cpu":
+                continue
+            lowest, highest = (int(token) for token in tokens.aminmax())
+            if lowest < 0 or highest >= size:
+                raise ValueError(f"{name} spans {lowest} to {highest}, wanted 0 to {size - 1}")

@@ -48,9 +48,14 @@ class Codec(nn.Module):
         return F.pad(audio, (0, -audio.shape[1] % self.hop_length))
 
     def check_codes(self, codes: Tensor) -> None:
-        if codes.dim() != 3 or not 1 <= codes.shape[2] <= self.num_quantizers:
+        if (
+            codes.dim() != 3
+            or codes.shape[1] == 0
+            or not 1 <= codes.shape[2] <= self.num_quantizers
+        ):
             raise ValueError(
-                f"codes are {tuple(codes.shape)}, wanted [batch, frames, 1..{self.num_quantizers}]"
+                f"codes are {tuple(codes.shape)}, "
+                f"wanted [batch, frames >= 1, 1..{self.num_quantizers}]"
             )
         if codes.dtype != torch.int64:
             raise ValueError(f"codes are {codes.dtype}, wanted torch.int64")

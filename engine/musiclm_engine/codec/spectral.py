@@ -40,7 +40,8 @@ class SpectralSoundStream(Codec):
 
     Args:
         dim: width of the convolutional layers.
-        depth: ConvNeXt blocks in the encoder and, again, in the decoder.
+        encoder_depth: ConvNeXt blocks before the quantiser.
+        decoder_depth: ConvNeXt blocks after it: painting is harder than looking.
         codebook_dim: D, width of the quantised vectors.
         codebook_size: K.
         rq_num_quantizers: Q.
@@ -57,7 +58,8 @@ class SpectralSoundStream(Codec):
         self,
         *,
         dim: int = 256,
-        depth: int = 3,
+        encoder_depth: int = 2,
+        decoder_depth: int = 5,
         codebook_dim: int = 32,
         codebook_size: int = 1024,
         rq_num_quantizers: int = 6,
@@ -70,7 +72,8 @@ class SpectralSoundStream(Codec):
         super().__init__()
         self.config = {
             "dim": dim,
-            "depth": depth,
+            "encoder_depth": encoder_depth,
+            "decoder_depth": decoder_depth,
             "codebook_dim": codebook_dim,
             "codebook_size": codebook_size,
             "rq_num_quantizers": rq_num_quantizers,
@@ -91,13 +94,17 @@ class SpectralSoundStream(Codec):
         bins = n_fft // 2 + 1
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.encoder = nn.Sequential(
-            nn.Linear(bins, dim), nn.LayerNorm(dim), *(ConvNeXtBlock(dim) for _ in range(depth))
+            nn.Linear(bins, dim),
+            nn.LayerNorm(dim),
+            *(ConvNeXtBlock(dim) for _ in range(encoder_depth)),
         )
         self.to_latent = nn.Linear(dim * frames_per_code, codebook_dim)
         self.rq = ResidualVQ(codebook_dim, rq_num_quantizers, codebook_size)
         self.from_latent = nn.Linear(codebook_dim, dim * frames_per_code)
         self.decoder = nn.Sequential(
-            *(ConvNeXtBlock(dim) for _ in range(depth)), nn.LayerNorm(dim), nn.Linear(dim, bins)
+            *(ConvNeXtBlock(dim) for _ in range(decoder_depth)),
+            nn.LayerNorm(dim),
+            nn.Linear(dim, bins),
         )
 
     def forward(self, audio: Tensor) -> dict[str, Tensor]:
@@ -106,15 +113,25 @@ class SpectralSoundStream(Codec):
         Returns:
             "loss", their weighted sum; "spectrum", L1 between log magnitudes; "loud", L1 between
             magnitudes to the power 0.3, which weighs what is heard more than the floor;
-            "commitment", of the encoder to its codes (VQ-VAE, arXiv 1711.00937).
+            "convergence", the relative error of magnitudes (arXiv 1808.06719, section 3), which
+            weighs the peaks most; "commitment", of the encoder to its codes (VQ-VAE,
+            arXiv 1711.00937).
         """
         target = self._log_magnitude(self.pad_to_frames(audio))
         quantized, _, commitment = self.rq(self._to_latent(target))
         painted = self._paint(quantized)
         spectrum = F.l1_loss(painted, target)
         loud = F.l1_loss((0.3 * painted).exp(), (0.3 * target).exp())
-        loss = spectrum + loud + 0.25 * commitment
-        return {"loss": loss, "spectrum": spectrum, "loud": loud, "commitment": commitment}
+        error = (painted.float().exp() - target.exp()).flatten(1).norm(dim=1)
+        convergence = (error / target.exp().flatten(1).norm(dim=1)).mean()
+        loss = spectrum + loud + 0.5 * convergence + 0.25 * commitment
+        return {
+            "loss": loss,
+            "spectrum": spectrum,
+            "loud": loud,
+            "convergence": convergence,
+            "commitment": commitment,
+        }
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from .captions import write_captions
-from .instruments import (
+from musiclm_engine.data.captions import write_captions
+from musiclm_engine.data.instruments import (
     CHORALE_INSTRUMENTS,
     CLIP_SECONDS,
     DYNAMICS,
@@ -34,9 +34,9 @@ from .instruments import (
     SAMPLE_RATE_HZ,
     TUNE_INSTRUMENTS,
 )
-from .manifest import Clip, write_manifest
-from .render import Renderer, SoundNote, find_soundfont, import_tinysoundfont
-from .scores import Note, Piece, load_pieces, tonic_name
+from musiclm_engine.data.manifest import Clip, write_manifest
+from musiclm_engine.data.render import Renderer, SoundNote, find_soundfont, import_tinysoundfont
+from musiclm_engine.data.scores import Note, Piece, load_pieces, tonic_name
 
 MANIFEST_NAME = "manifest.jsonl"
 RECORD_NAME = "build.json"

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from .instruments import INSTRUMENTS
+from musiclm_engine.data.instruments import INSTRUMENTS
 
 NUM_CAPTIONS = 6
 

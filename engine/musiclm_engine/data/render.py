@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .instruments import INSTRUMENTS
+from musiclm_engine.data.instruments import INSTRUMENTS
 
 SOUNDFONT_NAMES = ("MuseScore_General_Lite.sf3", "MuseScore_General.sf3", "FluidR3_GM.sf2")
 SOUNDFONT_FOLDERS = (

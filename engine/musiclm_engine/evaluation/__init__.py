@@ -1,6 +1,6 @@
 """Judges that took no part in training, and the evaluation that they give."""
 
-from .evaluate import (
+from musiclm_engine.evaluation.evaluate import (
     JudgedClip,
     Judgement,
     Judges,
@@ -8,7 +8,7 @@ from .evaluate import (
     evaluate_clips,
     is_audibly_notes,
 )
-from .report import markdown_table
+from musiclm_engine.evaluation.report import markdown_table
 
 __all__ = [
     "JudgedClip",

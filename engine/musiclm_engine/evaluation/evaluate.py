@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from .instruments import (
+from musiclm_engine.evaluation.instruments import (
     INSTRUMENT_TAGS,
     OTHER_NAMES,
     UNJUDGED_INSTRUMENTS,
     instrument_log_odds,
 )
-from .notes import NoteActivity, NoteTranscriber, estimate_key, note_activity
-from .tagger import MusicTagger
-from .tempo import estimate_tempo, tempo_agrees
+from musiclm_engine.evaluation.notes import (
+    NoteActivity,
+    NoteTranscriber,
+    estimate_key,
+    note_activity,
+)
+from musiclm_engine.evaluation.tagger import MusicTagger
+from musiclm_engine.evaluation.tempo import estimate_tempo, tempo_agrees
 
 PITCH_CLASSES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 ACCIDENTALS = {"": 0, "#": 1, "b": -1}

@@ -11,7 +11,7 @@ from musiclm_engine.data.manifest import load_manifest
 from musiclm_engine.evaluation.evaluate import JudgedClip, Judges, evaluate_clips
 from musiclm_engine.musiclm import MusicLM
 
-PROMPTS_PER_BATCH = 4
+PROMPTS_PER_BATCH = 8
 CANDIDATES = 4
 
 Progress = Callable[[str, int, int], None]

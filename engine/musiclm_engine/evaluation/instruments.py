@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .tagger import Tagging
+from musiclm_engine.evaluation.tagger import Tagging
 
 # The log-odds of an instrument are the mean over its tags. Beside each its AUC, one against the
 # rest, on 160 clips of the corpus's training split, 20 of each instrument. Other tags part the

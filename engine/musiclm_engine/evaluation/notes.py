@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import soxr
 
-from .packages import import_library, wheel_folder
+from musiclm_engine.evaluation.packages import import_library, wheel_folder
 
 SAMPLE_RATE_HZ = 22_050
 HOP_SAMPLES = 256

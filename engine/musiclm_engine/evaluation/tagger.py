@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packages import import_library, wheel_folder
-from .tensor_bundle import read_tensor_bundle
+from musiclm_engine.evaluation.packages import import_library, wheel_folder
+from musiclm_engine.evaluation.tensor_bundle import read_tensor_bundle
 
 SAMPLE_RATE_HZ = 16_000
 FFT_SAMPLES = 512

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import soxr
 
-from .packages import import_library
+from musiclm_engine.evaluation.packages import import_library
 
 # 16 ms a frame: on 160 clips of the corpus's training split 53 % of tempi come out within 4 %, 74 %
 # at any metrical level, against 49 % and 67 % at librosa's own 22.05 kHz and 512 samples.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from musiclm_engine.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_engine.codec import Codec
 from musiclm_engine.generation.decode import Progress
+from musiclm_engine.generation.evaluation_mode import evaluation_mode
 from musiclm_engine.generation.sampling import Sampling, derive_seeds
 from musiclm_engine.generation.windows import decode_overlapping, decode_side_by_side
 
@@ -32,6 +33,12 @@ class Windows:
     semantic_seconds: float = 30.0
     coarse_seconds: float = 10.0
     fine_seconds: float = 3.0
+
+    def __post_init__(self) -> None:
+        for window in fields(self):
+            name, seconds = window.name, getattr(self, window.name)
+            if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+                raise ValueError(f"{name} is {seconds}, wanted a positive number")
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,15 @@ class AudioLM(nn.Module):
     ) -> None:
         super().__init__()
         for stage in (coarse, fine):
+            if (stage.conditioning_length, stage.conditioning_size) != (
+                semantic.conditioning_length,
+                semantic.conditioning_size,
+            ):
+                raise ValueError(
+                    f"{type(stage).__name__} takes {stage.conditioning_length} conditioning tokens "
+                    f"of {stage.conditioning_size} values, the semantic stage "
+                    f"{semantic.conditioning_length} of {semantic.conditioning_size}"
+                )
             if stage.target_size != codec.codebook_size:
                 raise ValueError(
                     f"{type(stage).__name__} speaks {stage.target_size} codes, "
@@ -99,7 +115,15 @@ class AudioLM(nn.Module):
     def frames(self, seconds: float) -> int:
         """Frames of codes that hold this much audio, a whole number of semantic tokens."""
         stride = self.coarse.context_stride
-        return stride * math.ceil(seconds * self.codec.frame_rate_hz / stride - 1e-6)
+        return stride * max(1, math.ceil(seconds * self.codec.frame_rate_hz / stride - 1e-6))
+
+    def check_seconds(self, seconds: float) -> None:
+        """Refuse what is no length of audio."""
+        rate_hz = self.codec.sample_rate_hz
+        if not 0 < seconds < math.inf or round(seconds * rate_hz) < 1:
+            raise ValueError(
+                f"seconds is {seconds}, wanted a number of at least a sample, {1 / rate_hz:g} s"
+            )
 
     @torch.inference_mode()
     def generate(
@@ -122,9 +146,11 @@ class AudioLM(nn.Module):
 
         Returns:
             audio and tokens.
+
+        Raises:
+            ValueError: seconds that are not finite or less than a sample, inputs of another shape.
         """
-        if not seconds > 0 or math.isinf(seconds):
-            raise ValueError(f"seconds is {seconds}, wanted a positive number")
+        self.check_seconds(seconds)
         sampling = sampling or StageSampling()
         frames = self.frames(seconds)
         stride = self.coarse.context_stride
@@ -134,43 +160,44 @@ class AudioLM(nn.Module):
             rows = [derive_seeds(int(seed), stage, count=1) for seed in seeds]
             return torch.cat(rows).to(conditioning.device)
 
-        semantic = decode_overlapping(
-            self.semantic,
-            conditioning=conditioning,
-            context=None,
-            frames=frames // stride,
-            window=self._window(self.windows.semantic_seconds) // stride,
-            seeds=stage_seeds("semantic"),
-            sampling=sampling.semantic,
-            on_tokens=_counter(on_progress, "semantic", frames // stride),
-        )
-        coarse = decode_overlapping(
-            self.coarse,
-            conditioning=conditioning,
-            context=semantic,
-            frames=frames,
-            window=self._window(self.windows.coarse_seconds),
-            seeds=stage_seeds("coarse"),
-            sampling=sampling.coarse,
-            on_tokens=_counter(on_progress, "coarse", frames * self.coarse.target_levels),
-        )
-        fine = decode_side_by_side(
-            self.fine,
-            conditioning=conditioning,
-            context=coarse,
-            window=fine_window,
-            seeds=stage_seeds("fine"),
-            sampling=sampling.fine,
-            on_tokens=_counter(
-                on_progress, "fine", min(fine_window, frames) * self.fine.target_levels
-            ),
-        )
-        decoded = []
-        for row in torch.cat([coarse, fine], dim=2):  # one by one: a spectrogram is large
-            decoded.append(self.codec.decode(row[None]))
-            if on_progress is not None:
-                on_progress("decode", len(decoded), len(coarse))
-        audio = torch.cat(decoded)[:, : round(seconds * self.codec.sample_rate_hz)]
+        with evaluation_mode(self):
+            semantic = decode_overlapping(
+                self.semantic,
+                conditioning=conditioning,
+                context=None,
+                frames=frames // stride,
+                window=self._window(self.windows.semantic_seconds) // stride,
+                seeds=stage_seeds("semantic"),
+                sampling=sampling.semantic,
+                on_tokens=_counter(on_progress, "semantic", frames // stride),
+            )
+            coarse = decode_overlapping(
+                self.coarse,
+                conditioning=conditioning,
+                context=semantic,
+                frames=frames,
+                window=self._window(self.windows.coarse_seconds),
+                seeds=stage_seeds("coarse"),
+                sampling=sampling.coarse,
+                on_tokens=_counter(on_progress, "coarse", frames * self.coarse.target_levels),
+            )
+            fine = decode_side_by_side(
+                self.fine,
+                conditioning=conditioning,
+                context=coarse,
+                window=fine_window,
+                seeds=stage_seeds("fine"),
+                sampling=sampling.fine,
+                on_tokens=_counter(
+                    on_progress, "fine", min(fine_window, frames) * self.fine.target_levels
+                ),
+            )
+            decoded = []
+            for row in torch.cat([coarse, fine], dim=2):  # one by one: a spectrogram is large
+                decoded.append(self.codec.decode(row[None]))
+                if on_progress is not None:
+                    on_progress("decode", len(decoded), len(coarse))
+            audio = torch.cat(decoded)[:, : round(seconds * self.codec.sample_rate_hz)]
         return Generated(
             audio=audio,
             tokens={"semantic": semantic[:, :, 0], "coarse": coarse, "fine": fine},

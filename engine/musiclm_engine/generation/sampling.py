@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token.
         top_k: draw from the k likeliest; 0 is off.
-        top_p: draw from the likeliest that hold this much probability; 1 is off.
+        top_p: draw from the likeliest that hold this much probability, above 0; 1 is off.
         min_p: drop tokens less likely than this share of the likeliest; 0 is off.
         guidance: classifier-free guidance (arXiv 2207.12598): 1 is off, higher follows the
             prompt more closely; it doubles the work.
@@ -36,12 +38,19 @@ class Sampling:
             ("guidance", -math.inf, math.inf),
         ):
             value = getattr(self, name)
-            if not low <= value <= high or math.isnan(value) or abs(value) == math.inf:
+            is_number = isinstance(value, Real) and math.isfinite(value)
+            if not is_number or not low <= value <= high:
                 raise ValueError(f"{name} is {value}, wanted a number from {low} to {high}")
+        if self.top_p == 0:
+            raise ValueError(f"top_p is {self.top_p}, wanted a number above 0")
+        if self.top_k != int(self.top_k):
+            raise ValueError(f"top_k is {self.top_k}, wanted a whole number")
+        object.__setattr__(self, "top_k", int(self.top_k))
 
 
 def derive_seeds(seed: int, *path: int | str, count: int) -> Tensor:
     """int64 seeds [count], each a hash of (seed, path, its own number) and of nothing else."""
+    seed = operator.index(seed)  # NumPy's 3 and PyTorch's 3 are the same seed as Python's
     return torch.tensor([_hash(seed, *path, row) for row in range(count)], dtype=torch.int64)
 
 

@@ -29,13 +29,15 @@ def decode_overlapping(
     Args:
         conditioning: [B, M]; context: [B, Tc, Lc] of the whole piece, or None.
         frames: of target in the whole piece.
-        window: frames of target a window holds at most.
+        window: frames of target a window holds at most, a multiple of the context's stride.
         seeds: [B].
 
     Returns:
         [B, frames, Lt] int64.
     """
     stride = stage.context_stride
+    if window < 1 or window % stride:
+        raise ValueError(f"window is {window} frames, wanted a multiple of {stride}, at least that")
     overlap = window // 2 // stride * stride
     tokens = torch.zeros(
         len(conditioning), 0, stage.target_levels, dtype=torch.int64, device=conditioning.device
@@ -78,6 +80,8 @@ def decode_side_by_side(
     Returns:
         [B, T, Lt] int64.
     """
+    if window < 1:
+        raise ValueError(f"window is {window} frames, wanted at least 1")
     B, frames, _ = context.shape
     window = min(window, frames)
     # The last window is filled up with its own last frame; what comes of that is cut off.

@@ -5,7 +5,7 @@ from pathlib import Path
 from musiclm_engine.components import CLASSES, load_component
 from musiclm_engine.generation import AudioLM, Sampling, StageSampling, Windows
 from musiclm_engine.musiclm import STAGES, MusicLM
-from musiclm_engine.training.config import load_config, table
+from musiclm_engine.training.config import ConfigError, load_config, table
 
 
 def bundle_run(run_dir: Path, *, config: str) -> MusicLM:
@@ -14,22 +14,26 @@ def bundle_run(run_dir: Path, *, config: str) -> MusicLM:
     Args:
         run_dir: as `training.run.train` fills it.
         config: the configuration it was trained with: its crops become the windows of generation,
-            its [sampling] the default settings.
+            each stage's `sampling` its default settings.
 
     Raises:
         CheckpointError: a model is missing.
+        ConfigError: the configuration is, or has sampling settings that do not exist.
     """
     settings = load_config(config)
     parts = {name: load_component(name, run_dir / name / "model") for name in CLASSES}
     windows = Windows(
         **{f"{stage}_seconds": table(settings, stage)["crop_seconds"] for stage in STAGES}
     )
-    sampling = StageSampling(
-        **{
-            stage: Sampling(**table(settings, stage).get("sampling", {"temperature": 1.0}))
-            for stage in STAGES
-        }
-    )
+    try:
+        sampling = StageSampling(
+            **{
+                stage: Sampling(**table(settings, stage).get("sampling", {"temperature": 1.0}))
+                for stage in STAGES
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"sampling in {config} is not understood: {error}") from None
     return MusicLM(
         mulan=parts["mulan"],
         quantizer=parts["quantizer"],

@@ -6,6 +6,26 @@ from pathlib import Path
 from typing import Any
 
 TRAINED = ("codec", "tokenizer", "mulan", "quantizer", "semantic", "coarse", "fine")  # in order
+SCHEDULE = {  # the fields of `loop.Schedule`
+    "steps",
+    "learning_rate",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "validate_every",
+    "save_every_seconds",
+    "precision",
+}
+STAGE = SCHEDULE | {"batch_size", "crop_seconds", "text_share", "model", "sampling"}
+ENTRIES = {
+    "codec": SCHEDULE | {"domain", "batch_size", "crop_seconds", "model"},
+    "tokenizer": {"clips", "model"},
+    "mulan": SCHEDULE | {"batch_size", "crop_seconds", "vocab_size", "audio", "text", "dim_latent"},
+    "quantizer": {"model"},
+    "semantic": STAGE,
+    "coarse": STAGE | {"num_coarse_quantizers"},
+    "fine": STAGE | {"num_fine_quantizers"},
+}
 
 
 class ConfigError(ValueError):
@@ -35,7 +55,34 @@ def load_config(name: str) -> dict[str, Any]:
             f"{path} has unknown entries: {', '.join(sorted(unknown))}; wanted seed, "
             + ", ".join(TRAINED)
         )
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"{path} has seed = {seed!r}, wanted a whole number from 0 up")
+    for model in config.keys() - {"seed"}:
+        _check_table(path, model, config[model])
     return config
+
+
+def _check_table(path: Any, name: str, settings: Any) -> None:
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} has {name} = {settings!r}, wanted a table [{name}]")
+    unknown = settings.keys() - ENTRIES[name]
+    if unknown:
+        raise ConfigError(
+            f"[{name}] of {path} has unknown entries: {', '.join(sorted(unknown))}; wanted "
+            + ", ".join(sorted(ENTRIES[name]))
+        )
+
+
+class Table(dict[str, Any]):
+    """The settings of one model; one that is missing is an error of its own."""
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"[{self.name}] of the configuration has no {key}")
 
 
 def table(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -46,4 +93,4 @@ def table(config: dict[str, Any], name: str) -> dict[str, Any]:
     """
     if name not in config:
         raise ConfigError(f"the configuration has no [{name}]")
-    return config[name]
+    return Table(name, config[name])

@@ -1,7 +1,9 @@
 """The one training loop: every gradient-trained model goes through it, resumable at any step."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from musiclm_engine.checkpoint import (
 )
 
 Losses = dict[str, Tensor]
+
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,20 @@ class Schedule:
     validate_every: int = 250
     save_every_seconds: float = 120.0
     precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+        for name in ("learning_rate", "warmup", "weight_decay", "clip", "save_every_seconds"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}, wanted a number from 0 up")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {self.precision!r}, wanted one of {', '.join(PRECISIONS)}"
+            )
 
     def rate(self, step: int) -> float:
         cooldown = max(1, self.steps // 4)
@@ -87,7 +105,8 @@ def fit(
         minutes: stop (and save) after this long, to be resumed later.
 
     Raises:
-        FloatingPointError: a loss is not finite; the last checkpoint is left as it was.
+        FloatingPointError: a loss or a gradient is not finite; the last checkpoint is left as it
+            was.
     """
     model = recipe.model.to(device)
     optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.95))
@@ -96,36 +115,38 @@ def fit(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
     started = saved = time.monotonic()
     out_of_time = False
-    while done < schedule.steps and not out_of_time:
-        torch.manual_seed(seed * 1_000_003 + done)
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(done)
-        with autocast:
-            losses = recipe.losses(done)
-        if not torch.isfinite(losses["loss"]):
-            raise FloatingPointError(f"the loss of step {done} is {losses['loss'].item()}")
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
-        done += 1
-        figures = {f"train/{name}": loss.item() for name, loss in losses.items()}
-        figures["train/gradient_norm"] = norm.item()
-        out_of_time = minutes is not None and time.monotonic() - started > 60 * minutes
-        last = done == schedule.steps or out_of_time
-        if done % schedule.validate_every == 0 or last:
-            model.eval()
-            with torch.no_grad(), autocast:
-                for name, figure in recipe.validation().items():
-                    figures[f"validation/{name}"] = figure
-        for name, figure in figures.items():
-            writer.add_scalar(name, figure, done)
-        if last or time.monotonic() - saved > schedule.save_every_seconds:
-            _save(model, optimizer, run_dir, done)
-            saved = time.monotonic()
-        yield done, figures
-    writer.close()
+    with closing(writer):
+        while done < schedule.steps and not out_of_time:
+            torch.manual_seed(seed * 1_000_003 + done)
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(done)
+            with autocast:
+                losses = recipe.losses(done)
+            if not torch.isfinite(losses["loss"]):
+                raise FloatingPointError(f"the loss of step {done} is {losses['loss'].item()}")
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+            if not torch.isfinite(norm):  # a step would spoil every weight, and then be saved
+                raise FloatingPointError(f"the gradient of step {done} is {norm.item()}")
+            optimizer.step()
+            done += 1
+            figures = {f"train/{name}": loss.item() for name, loss in losses.items()}
+            figures["train/gradient_norm"] = norm.item()
+            out_of_time = minutes is not None and time.monotonic() - started > 60 * minutes
+            last = done == schedule.steps or out_of_time
+            if done % schedule.validate_every == 0 or last:
+                model.eval()
+                with torch.no_grad(), autocast:
+                    for name, figure in recipe.validation().items():
+                        figures[f"validation/{name}"] = figure
+            for name, figure in figures.items():
+                writer.add_scalar(name, figure, done)
+            if last or time.monotonic() - saved > schedule.save_every_seconds:
+                _save(model, optimizer, run_dir, done)
+                saved = time.monotonic()
+            yield done, figures
 
 
 def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
@@ -153,7 +174,10 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -
     """Take up the checkpoint in run_dir, if there is one: the number of steps it has seen."""
     if not (run_dir / "state.json").exists():
         return 0
-    steps = read_json(run_dir / "state.json")["steps"]
+    try:
+        steps = int(read_json(run_dir / "state.json")["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / 'state.json'} is not understood: {error!r}") from None
     try:
         model.load_state_dict(read_tensors(run_dir / "model.safetensors"))
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from musiclm_engine.audiolm import (
 )
 from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.checkpoint import CheckpointError, save_model
-from musiclm_engine.codec import SpectralSoundStream
+from musiclm_engine.codec import Codec, SoundStream, SpectralSoundStream
 from musiclm_engine.components import load_component
 from musiclm_engine.data.manifest import load_manifest
 from musiclm_engine.mulan import (
@@ -27,7 +27,7 @@ from musiclm_engine.mulan import (
     train_caption_tokenizer,
 )
 from musiclm_engine.training.clips import Crops, load_crop
-from musiclm_engine.training.config import table
+from musiclm_engine.training.config import SCHEDULE, ConfigError, table
 from musiclm_engine.training.loop import Recipe, Schedule
 from musiclm_engine.training.token_cache import TokenCache, tokenize_clips
 
@@ -77,25 +77,20 @@ class Workplace:
         )
 
 
-SCHEDULE_KEYS = (
-    "steps",
-    "learning_rate",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "validate_every",
-    "save_every_seconds",
-    "precision",
-)
+CODECS: dict[str, type[Codec]] = {"spectrum": SpectralSoundStream, "waveform": SoundStream}
 
 
 def schedule(settings: dict[str, Any]) -> Schedule:
-    return Schedule(**{key: settings[key] for key in SCHEDULE_KEYS if key in settings})
+    return Schedule(**{key: settings[key] for key in SCHEDULE if key in settings})
 
 
 def codec_recipe(place: Workplace) -> Recipe:
     settings = table(place.config, "codec")
-    model = SpectralSoundStream(**settings["model"])
+    domain = settings.get("domain", "spectrum")
+    if domain not in CODECS:
+        raise ConfigError(f"[codec] has domain = {domain!r}, wanted one of {', '.join(CODECS)}")
+    cls = CODECS[domain]
+    model = cls(**settings["model"])
     train = place.crops(settings, model.sample_rate_hz, "train")
     held_out = place.crops(settings, model.sample_rate_hz, "validation")
 
@@ -141,12 +136,12 @@ def mulan_recipe(place: Workplace) -> Recipe:
 def fit_tokenizer(place: Workplace, on_progress: Progress | None = None) -> SemanticTokenizer:
     """Cluster the features of some training clips, and save the tokenizer."""
     settings = table(place.config, "tokenizer")
-    model = SemanticTokenizer(**settings["model"])
+    model = SemanticTokenizer(**settings["model"]).to(place.device)
     clips = load_manifest(place.manifest, "train")[: settings["clips"]]
     features = []
     for done, clip in enumerate(clips, start=1):
         audio = load_crop(clip, 0.0, clip.seconds, model.sample_rate_hz)
-        features.append(model.features(audio[None])[0])
+        features.append(model.features(audio[None].to(place.device))[0])
         if on_progress is not None:
             on_progress(done, len(clips))
     model.fit(torch.cat(features), seed=place.seed)
@@ -201,11 +196,17 @@ def stage_recipe(place: Workplace, name: str, on_progress: Progress | None = Non
     tokenizer: SemanticTokenizer = place.trained("tokenizer")
     quantizer: MuLaNEmbedQuantizer = place.trained("quantizer")
     num_coarse = table(place.config, "coarse")["num_coarse_quantizers"]
+    num_fine = table(place.config, "fine")["num_fine_quantizers"]
     conditioning = {
         "conditioning_size": quantizer.codebook_size,
         "conditioning_length": quantizer.num_quantizers,
     }
     stride = tokenizer.hop_length // codec.hop_length
+    if stride * codec.hop_length != tokenizer.hop_length:
+        raise ConfigError(
+            f"a semantic token lasts {tokenizer.hop_length} samples, "
+            f"wanted a multiple of the codec's {codec.hop_length}"
+        )
     model: Stage
     if name == "semantic":
         model = SemanticTransformer(
@@ -224,7 +225,7 @@ def stage_recipe(place: Workplace, name: str, on_progress: Progress | None = Non
         model = FineTransformer(
             codebook_size=codec.codebook_size,
             num_coarse_quantizers=num_coarse,
-            num_fine_quantizers=codec.num_quantizers - num_coarse,
+            num_fine_quantizers=num_fine,
             **conditioning,
             **settings["model"],
         )
@@ -249,7 +250,9 @@ def stage_recipe(place: Workplace, name: str, on_progress: Progress | None = Non
             by_level = model.loss(condition, semantic[:, :, None], acoustic[:, :, :num_coarse])
         else:
             by_level = model.loss(
-                condition, acoustic[:, :, :num_coarse], acoustic[:, :, num_coarse:]
+                condition,
+                acoustic[:, :, :num_coarse],
+                acoustic[:, :, num_coarse : num_coarse + num_fine],
             )
         levels = {f"level_{level}": loss.detach() for level, loss in enumerate(by_level)}
         return {"loss": by_level.mean(), **levels}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from musiclm_engine.training import recipes
-from musiclm_engine.training.config import TRAINED, load_config, table
+from musiclm_engine.training.config import TRAINED, ConfigError, load_config, table
 from musiclm_engine.training.loop import fit
 from musiclm_engine.training.recipes import Workplace
 
@@ -39,26 +39,30 @@ def train(
         ConfigError, CheckpointError, ManifestError: something it needs is missing or broken.
         FloatingPointError: training diverged.
     """
+    if name not in TRAINED:
+        raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}")
     place = Workplace(run_dir, manifest, load_config(config), device)
+    torch.manual_seed(place.seed)  # of the first weights; each step has a seed of its own
 
     def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: report(what, done, total, {})
 
-    if name == "tokenizer":
-        recipes.fit_tokenizer(place, progress("tokenizer"))
-        return
-    if name == "quantizer":
-        recipes.fit_quantizer(place, progress("quantizer"))
-        return
-    if name == "codec":
-        recipe = recipes.codec_recipe(place)
-    elif name == "mulan":
-        recipe = recipes.mulan_recipe(place)
-    elif name in TRAINED:
-        recipe = recipes.stage_recipe(place, name, progress("tokens"))
-    else:
-        raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}")
-    schedule = recipes.schedule(table(place.config, name))
+    try:
+        if name == "tokenizer":
+            recipes.fit_tokenizer(place, progress("tokenizer"))
+            return
+        if name == "quantizer":
+            recipes.fit_quantizer(place, progress("quantizer"))
+            return
+        schedule = recipes.schedule(table(place.config, name))
+        if name == "codec":
+            recipe = recipes.codec_recipe(place)
+        elif name == "mulan":
+            recipe = recipes.mulan_recipe(place)
+        else:
+            recipe = recipes.stage_recipe(place, name, progress("tokens"))
+    except TypeError as error:  # the entries of the table are arguments of the model
+        raise ConfigError(f"[{name}] of {config} does not fit the model: {error}") from error
     for done, figures in fit(
         recipe, schedule, run_dir / name, seed=place.seed, device=device, minutes=minutes
     ):

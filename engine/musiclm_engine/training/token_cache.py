@@ -56,13 +56,17 @@ class TokenCache:
 
         Returns:
             conditioning [B, M], semantic [B, T / stride], acoustic [B, T, Q], all int64.
+
+        Raises:
+            ValueError: the clips are shorter than the crop, or it holds no semantic token.
         """
+        longest = min(self.semantic.shape[1], self.acoustic.shape[1] // stride)
+        if not 1 <= frames // stride <= longest:
+            raise ValueError(f"a crop is {frames} frames, wanted {stride} to {longest * stride}")
+        latest = longest - frames // stride
         random = np.random.default_rng((seed, step))
         conditioning, semantic, acoustic = [], [], []
         for clip in random.integers(len(self.semantic), size=size):
-            latest = (
-                min(self.semantic.shape[1], self.acoustic.shape[1] // stride) - frames // stride
-            )
             start = int(random.integers(latest + 1))
             semantic.append(self.semantic[clip, start : start + frames // stride])
             acoustic.append(self.acoustic[clip, start * stride : start * stride + frames])
@@ -91,18 +95,21 @@ def tokenize_clips(
 ) -> TokenCache:
     """Run everything that makes tokens over clips; the shortest clip sets the length of all."""
     seconds = min(clip.seconds for clip in clips)
+    device = quantizer.codebooks.device
     semantic, acoustic, conditioning = [], [], []
     for start in range(0, len(clips), CLIPS_PER_BATCH):
         some = clips[start : start + CLIPS_PER_BATCH]
-        audio = torch.stack([load_crop(clip, 0.0, seconds, codec.sample_rate_hz) for clip in some])
-        acoustic.append(codec.encode(audio).to(torch.int16))
-        semantic.append(tokenizer.encode(audio).to(torch.int16))
-        conditioning.append(quantizer.encode(mulan.embed_audio(audio)).to(torch.int16))
+        audio = torch.stack(
+            [load_crop(clip, 0.0, seconds, codec.sample_rate_hz) for clip in some]
+        ).to(device)
+        acoustic.append(codec.encode(audio).to("cpu", torch.int16))
+        semantic.append(tokenizer.encode(audio).to("cpu", torch.int16))
+        conditioning.append(quantizer.encode(mulan.embed_audio(audio)).to("cpu", torch.int16))
         if on_progress is not None:
             on_progress(min(start + CLIPS_PER_BATCH, len(clips)), len(clips))
     captions = [caption for clip in clips for caption in clip.captions]
     text = [
-        quantizer.encode(mulan.embed_text(captions[i : i + 256])).to(torch.int16)
+        quantizer.encode(mulan.embed_text(captions[i : i + 256])).to("cpu", torch.int16)
         for i in range(0, len(captions), 256)
     ]
     counts = torch.tensor([0] + [len(clip.captions) for clip in clips])

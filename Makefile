@@ -1,0 +1,79 @@
+# Everything runs in a virtual environment of its own, made on first use.
+#   make PYTHON=python3.12 …     another interpreter (3.11 or later)
+#   make VENV=/path …            another place for the environment
+PYTHON ?= python3
+VENV ?= .venv
+CORPUS ?= corpus
+RUN ?= runs/tiny
+HOURS ?= 24
+
+BIN := $(VENV)/bin
+MUSICLM := $(BIN)/musiclm
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := constraints.txt pyproject.toml setup.py
+
+.PHONY: help demo test train-tiny eval clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/plot.stamp  ## Ten seconds of organ from the bundled model: hymn.wav, hymn.png.
+	$(MUSICLM) generate "a slow hymn on a church organ in G minor" \
+		--seconds 10 --num-samples 4 --out hymn.wav --spectrogram
+
+test: $(VENV)/test.stamp  ## Lint, formatting, types, tests: what CI runs.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Cut short, the same command goes on where it was. The tokenizer and the quantizer are fitted, not
+# trained, in one go: once there, they stay.
+train-tiny: $(CORPUS)/manifest.jsonl $(VENV)/train.stamp  ## Train the bundled model anew (hours).
+	set -e; for model in codec tokenizer mulan quantizer semantic coarse fine; do \
+		case $$model in tokenizer|quantizer) \
+			if test -e $(RUN)/$$model/model.json; then continue; fi;; \
+		esac; \
+		$(MUSICLM) train $$model --config tiny --manifest $(CORPUS)/manifest.jsonl --run-dir $(RUN); \
+	done
+	$(MUSICLM) bundle engine/musiclm_engine/assets --run-dir $(RUN) --config tiny
+
+eval: $(CORPUS)/manifest.jsonl $(VENV)/judges.stamp  ## Judge the bundled model on held-out pieces.
+	$(MUSICLM) eval --manifest $(CORPUS)/manifest.jsonl --out eval.json
+
+clean:  ## Remove the environment and all caches; corpus, runs and audio stay.
+	rm -rf $(VENV) build dist engine/*.egg-info kernels/*.egg-info *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find engine kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Begins by looking for a soundfont and, without one, ends with the command that installs it. The
+# manifest is written last, so a corpus cut short is not taken for a whole one.
+$(CORPUS)/manifest.jsonl: | $(VENV)/render.stamp
+	$(MUSICLM) data build $(CORPUS) --hours $(HOURS)
+
+# Packages: X.stamp stands for `pip install -e ".[X]"`, unless a rule below says otherwise.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: $(SOURCES) | $(BIN)/pip
+	@echo "Installing into $(VENV): some minutes the first time."
+	$(INSTALL) -e ".[$*]"
+	@touch $@
+
+# --no-deps: see the extras in pyproject.toml.
+$(VENV)/render.stamp: $(VENV)/data.stamp
+	$(INSTALL) --no-deps tinysoundfont
+	@touch $@
+
+$(VENV)/judges.stamp: $(VENV)/eval.stamp
+	$(INSTALL) --no-deps basic-pitch musicnn
+	@touch $@
+
+# All of it, so that no test is skipped for want of a package.
+$(VENV)/test.stamp: $(SOURCES) | $(BIN)/pip
+	@echo "Installing into $(VENV): some minutes the first time."
+	$(INSTALL) -e ".[dev,train,data,eval,plot]"
+	$(INSTALL) --no-deps tinysoundfont basic-pitch musicnn
+	@touch $@
