@@ -29,13 +29,9 @@ test: $(VENV)/test.stamp  ## Lint, formatting, types, tests: what CI runs.
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# Cut short, the same command goes on where it was. The tokenizer and the quantizer are fitted, not
-# trained, in one go: once there, they stay.
+# Cut short, the same command goes on where it was.
 train-tiny: $(CORPUS)/manifest.jsonl $(VENV)/train.stamp  ## Train the bundled model anew (hours).
 	set -e; for model in codec tokenizer mulan quantizer semantic coarse fine; do \
-		case $$model in tokenizer|quantizer) \
-			if test -e $(RUN)/$$model/model.json; then continue; fi;; \
-		esac; \
 		$(MUSICLM) train $$model --config tiny --manifest $(CORPUS)/manifest.jsonl --run-dir $(RUN); \
 	done
 	$(MUSICLM) bundle engine/musiclm_engine/assets --run-dir $(RUN) --config tiny

@@ -48,6 +48,7 @@ def _replace(path: Path, write: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
+        partial.chmod(0o644)  # safetensors makes files that only their owner reads
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ class TimeLevelBias(nn.Module):
     Args:
         heads: H.
         num_levels: L.
-        max_frames: moments apart that can be told from "as far as it gets", either way.
+        max_frames: moments that a sequence may span; the table has an entry for each difference.
         num_buckets: of time differences, both directions together.
         max_distance: frames at which the logarithmic buckets end.
     """
@@ -41,6 +41,7 @@ class TimeLevelBias(nn.Module):
     ) -> None:
         super().__init__()
         self.num_levels = num_levels
+        self.max_frames = max_frames
         self.offset = max_frames * (2 * num_levels - 1)
         self.relative_attention_bias = nn.Parameter(
             torch.zeros(heads, num_buckets, 2 * num_levels - 1)

@@ -31,7 +31,7 @@ class Stage(nn.Module):
         context_stride: frames of target that one frame of context lasts.
         target_size: K, values of a target token.
         target_levels: Lt, tokens in a frame of target.
-        max_frames: moments apart that attention can tell from "far".
+        max_frames: of target or of context (in target frames) in a sequence.
         dim, depth, heads, dim_head, ff_mult, dropout: of the transformer.
         condition_drop_prob: share of training rows that see `null`, for classifier-free guidance.
     """
@@ -97,6 +97,11 @@ class Stage(nn.Module):
     def codes(self, context_frames: int, target_frames: int) -> tuple[Tensor, Tensor]:
         """Position codes (of what each token predicts, of each token), both [N] int32."""
         device = self.start_token.device
+        span = max(context_frames * self.context_stride, target_frames)
+        if span > self.position.max_frames:
+            raise ValueError(
+                f"a sequence of {span} frames is longer than max_frames {self.position.max_frames}"
+            )
         context = self._frame_codes(
             context_frames, self.context_levels, stride=self.context_stride, first_level=0
         )

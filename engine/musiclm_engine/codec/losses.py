@@ -32,7 +32,7 @@ class MultiScaleMelLoss(nn.Module):
         """Both [B, samples] -> a scalar."""
         total = target.new_zeros(())
         for samples, log_mel in zip(WINDOW_SAMPLES, self.scales, strict=True):
-            ours, theirs = log_mel(rebuilt), log_mel(target)
+            ours, theirs = log_mel(rebuilt) / 2, log_mel(target) / 2  # of power to of magnitude
             energies = (ours.exp() - theirs.exp()).abs().sum(-1).mean()
             logarithms = torch.linalg.vector_norm(ours - theirs, dim=-1).mean()
             total = total + energies + (samples / 2) ** 0.5 * logarithms

@@ -63,6 +63,7 @@ def _peak_phase(magnitude: Tensor, n_fft: int, hop_length: int) -> Tensor:
     for t in range(magnitude.shape[2]):
         # A frame inherits the phase its peak's bin had reached, wherever that bin belonged then.
         current = current.gather(1, owner[:, :, t]) + advance[:, :, t]
+        current = current.remainder(2 * math.pi)  # float32 would lose the phase of long clips
         phase[:, :, t] = current + math.pi * (distance[:, :, t] % 2)
     return phase
 

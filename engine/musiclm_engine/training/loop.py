@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from musiclm_engine.checkpoint import (
     CheckpointError,
-    read_json,
     read_tensors,
     save_model,
-    write_json,
     write_tensors,
 )
 
 Losses = dict[str, Tensor]
 
 PRECISIONS = ("fp32", "bf16")
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def fit(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train from where run_dir stands to schedule.steps, yielding (steps done, figures) each step.
 
-    run_dir gets model.safetensors and model.json, optimizer.safetensors, state.json and
-    TensorBoard's event files. All files of a checkpoint are replaced one by one, state.json last.
+    run_dir gets checkpoint.safetensors, which is all that resuming reads; model.safetensors and
+    model.json, for others to load; and TensorBoard's event files.
 
     Args:
         minutes: stop (and save) after this long, to be resumed later.
@@ -158,38 +157,40 @@ def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path, done: int) -> None:
+    # One file, so that weights, moments and step cannot come from different moments.
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    write_tensors(run_dir / CHECKPOINT, tensors | {"steps": torch.tensor(done)})
     save_model(model, run_dir / "model")
-    write_tensors(
-        run_dir / "optimizer.safetensors",
-        {
-            f"{index}.{name}": value
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        },
-    )
-    write_json(run_dir / "state.json", {"steps": done})
 
 
 def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -> int:
     """Take up the checkpoint in run_dir, if there is one: the number of steps it has seen."""
-    if not (run_dir / "state.json").exists():
+    path = run_dir / CHECKPOINT
+    if not path.exists():
         return 0
+    weights: dict[str, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
+    tensors = read_tensors(path)
+    if "steps" not in tensors:
+        raise CheckpointError(f"{path} is no checkpoint of a training: it has no steps")
+    steps = int(tensors.pop("steps"))
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "model":
+            weights[name] = value
+        else:
+            index, _, name = name.partition("/")
+            moments.setdefault(int(index), {})[name] = value
     try:
-        steps = int(read_json(run_dir / "state.json")["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / 'state.json'} is not understood: {error!r}") from None
-    try:
-        model.load_state_dict(read_tensors(run_dir / "model.safetensors"))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
             f"{run_dir} holds another model than the config describes; "
             f"train it elsewhere or remove that folder: {error}"
         ) from None
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_tensors(run_dir / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return steps
 
 

@@ -175,9 +175,14 @@ def fit_quantizer(place: Workplace, on_progress: Progress | None = None) -> MuLa
 
 
 def tokens(place: Workplace, split: str, on_progress: Progress | None = None) -> TokenCache:
-    """The split's token cache, made now if it is not there."""
+    """The split's token cache, made now if it is not there or older than what makes tokens."""
     path = place.run_dir / "tokens" / f"{split}.safetensors"
-    if not path.exists():
+    makers = [
+        place.run_dir / name / "model.safetensors"
+        for name in ("codec", "tokenizer", "mulan", "quantizer")
+    ]
+    newest = max((maker.stat().st_mtime for maker in makers if maker.exists()), default=0.0)
+    if not path.exists() or path.stat().st_mtime < newest:
         tokenize_clips(
             load_manifest(place.manifest, split),
             codec=place.trained("codec"),

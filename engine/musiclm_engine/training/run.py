@@ -23,7 +23,7 @@ def train(
     minutes: float | None = None,
     report: Report,
 ) -> None:
-    """Train, or go on training, one of `TRAINED` in run_dir.
+    """Train, or go on training, one of `TRAINED` in run_dir; one that is done is left as it is.
 
     Models build on those before them in `TRAINED`; a missing one is named by the error.
 
@@ -47,12 +47,11 @@ def train(
     def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: report(what, done, total, {})
 
+    fitted = {"tokenizer": recipes.fit_tokenizer, "quantizer": recipes.fit_quantizer}
     try:
-        if name == "tokenizer":
-            recipes.fit_tokenizer(place, progress("tokenizer"))
-            return
-        if name == "quantizer":
-            recipes.fit_quantizer(place, progress("quantizer"))
+        if name in fitted:
+            if not (run_dir / name / "model.json").exists():  # written last: it is whole
+                fitted[name](place, progress(name))
             return
         schedule = recipes.schedule(table(place.config, name))
         if name == "codec":
