@@ -266,3 +266,9 @@ def test_context_given_to_a_stage_without_is_refused():
     conditioning, _, target = inputs(stage)
     with pytest.raises(ValueError, match="context is given, this stage has 0 levels"):
         stage(conditioning, target, target)
+
+
+def test_a_sequence_past_the_bias_table_is_refused():
+    stage = build("coarse", max_frames=6)
+    with pytest.raises(ValueError, match="8 frames is longer than max_frames 6"):
+        stage(*inputs(stage))

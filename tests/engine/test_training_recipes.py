@@ -1,5 +1,7 @@
 """Configurations, batches that are functions of their number, and a whole set trained."""
 
+import os
+import shutil
 import tomllib
 
 import pytest
@@ -268,6 +270,24 @@ def test_a_trained_model_is_not_trained_again(trained, tiny_config, tiny_corpus)
     before = path.read_bytes()
     assert train_one("coarse", tiny_config, tiny_corpus, run_dir) == []
     assert path.read_bytes() == before
+
+
+def test_what_is_fitted_is_left_alone(trained, tiny_config, tiny_corpus):
+    run_dir, _ = trained
+    for name in ("tokenizer", "quantizer"):
+        path = run_dir / name / "model.safetensors"
+        before = path.stat().st_mtime_ns
+        train_one(name, tiny_config, tiny_corpus, run_dir)
+        assert path.stat().st_mtime_ns == before
+
+
+def test_tokens_older_than_their_makers_are_made_again(trained, tiny_config, tiny_corpus, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / "tokens" / "validation.safetensors"
+    os.utime(path, (0, 0))
+    (tmp_path / "run" / "fine" / "checkpoint.safetensors").unlink()
+    train_one("fine", tiny_config, tiny_corpus, tmp_path / "run")
+    assert path.stat().st_mtime > 0
 
 
 def test_a_longer_crop_than_the_clips_is_refused(trained, tiny_config, tiny_corpus, tmp_path):
