@@ -45,7 +45,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _replace(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # Two processes may write the same file: each its own, the last one stays.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         partial.chmod(0o644)  # safetensors makes files that only their owner reads
@@ -82,11 +83,12 @@ def save_model(model: Any, stem: Path, *, dtype: torch.dtype | None = None) -> N
     Args:
         model: a module with `config`.
         stem: path without suffix.
-        dtype: floating-point weights are stored in it, or in their own.
+        dtype: parameters are stored in it, or in their own. Buffers always keep theirs: codebooks
+            are compared with, and running sums would overflow half precision.
     """
     state = model.state_dict()
     if dtype is not None:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        state |= {name: weight.to(dtype) for name, weight in model.named_parameters()}
     write_tensors(stem.with_name(stem.name + ".safetensors"), state)
     write_json(
         stem.with_name(stem.name + ".json"),
@@ -117,6 +119,9 @@ def load_model(stem: Path, classes: dict[str, Any]) -> Any:
     except Exception as error:  # noqa: BLE001 - tokenizers raises no class of its own
         raise CheckpointError(f"{path} has a config that cannot be built: {error}") from None
     weights = read_tensors(stem.with_name(stem.name + ".safetensors"))
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{stem}.safetensors holds values of {name} that are not numbers")
     try:
         model.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}

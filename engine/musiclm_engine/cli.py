@@ -19,7 +19,7 @@ app.add_typer(data, name="data")
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")
+    int, typer.Option(min=0, max=1024, help="CPU threads; 0 leaves the choice to PyTorch.")
 ]
 DECODE_THREADS = 1  # a token's matrices are small: on two cores, two threads took twice as long
 ModelOption = Annotated[
@@ -63,12 +63,18 @@ def generate(
     """Make music from text.
 
     Writes OUT, the other candidates, and OUT's name with .json: all that is needed to make exactly
-    this again.
+    this again with the same model. Several prompts write OUT-prompt1, OUT-prompt2 …
 
     Example: musiclm generate "a slow hymn on a church organ in G minor" --out hymn.wav
     """
     with _told_plainly():
-        from musiclm_engine.output import Request, check_output, read_request, write_outputs
+        from musiclm_engine.output import (
+            Request,
+            check_output,
+            check_same_model,
+            read_request,
+            write_outputs,
+        )
 
         if repeat is not None:
             given = [name for name in REPEATED if _is_given(context, name)]
@@ -88,10 +94,20 @@ def generate(
                 model=None if model is None else str(model.absolute()),
             )
         check_output(out, spectrogram=spectrogram)
-        from musiclm_engine.musiclm import MusicLM, check_prompts
+        from musiclm_engine.musiclm import (
+            MusicLM,
+            check_prompts,
+            check_settings,
+            fingerprint,
+            model_folder,
+        )
 
         check_prompts(request.prompts)
+        check_settings(request.settings)
         _set_threads(threads)
+        model_sha256 = fingerprint(model_folder(request.model))
+        if repeat is not None:
+            check_same_model(repeat, model_sha256)
         musiclm = MusicLM.from_pretrained(request.model, device=device)
         started = time.perf_counter()
         with _progress_bars() as show:
@@ -104,12 +120,17 @@ def generate(
                 **request.settings,
             )
         elapsed = time.perf_counter() - started
-        written = write_outputs(result, request, out, spectrogram=spectrogram)
+        written = write_outputs(
+            result, request, out, spectrogram=spectrogram, model_sha256=model_sha256
+        )
         for path, score in written:
             note = "" if score is None else f"  MuLaN similarity {score:.3f}"
             typer.echo(f"{path}{note}")
-        made = result.audio.shape[0] * result.audio.shape[1] * request.seconds
-        typer.echo(f"{made:g} s of audio in {elapsed:.1f} s: {made / elapsed:.1f} x real time")
+        count = result.audio.shape[0] * result.audio.shape[1]
+        typer.echo(
+            f"{count} candidates of {request.seconds:g} s in {elapsed:.1f} s: "
+            f"{count * request.seconds / elapsed:.1f} x real time together"
+        )
 
 
 @app.command()

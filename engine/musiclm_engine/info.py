@@ -2,9 +2,9 @@
 
 import platform
 from collections.abc import Iterator
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 
+from musiclm_engine.musiclm import DESCRIPTION, model_folder
 from musiclm_kernels import implementations
 
 PACKAGES = ("musiclm-engine", "torch", "triton", "torchaudio", "numpy")
@@ -19,12 +19,10 @@ def describe(num_cuda_devices: int) -> Iterator[str]:
         except PackageNotFoundError:
             yield f"{package} is not installed"
     yield f"CUDA devices: {num_cuda_devices}"
-    assets = resources.files("musiclm_engine") / "assets"
-    weights = []
-    if assets.is_dir():
-        weights = [file for file in assets.iterdir() if file.name.endswith(".safetensors")]
-    size = sum(len(file.read_bytes()) for file in weights)
-    yield f"bundled model: {f'{size / 2**20:.1f} MiB' if weights else 'missing'} in {assets}"
+    folder = model_folder(None)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    whole = (folder / DESCRIPTION).exists()  # written last
+    yield f"bundled model: {f'{size / 2**20:.1f} MiB' if whole else 'missing'} in {folder}"
     yield "operation: body on CPU, body on CUDA"
     for name, bodies in sorted(implementations().items()):
         yield f"  {name}: {bodies['cpu']}, {bodies['cuda']}"

@@ -1,5 +1,6 @@
 """MusicLM: text in, music out, the candidates ranked by MuLaN (arXiv 2301.11325)."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ class MusicLM(nn.Module):
             CheckpointError: the folder holds no model, or a broken one.
             ValueError: there is no such device here.
         """
-        folder = Path(path or str(resources.files("musiclm_engine") / "assets"))
+        folder = model_folder(path)
         target = check_device(device)
         description = read_json(folder / DESCRIPTION)
         try:
@@ -107,6 +108,8 @@ class MusicLM(nn.Module):
             name: load_component(name, folder / name)
             for name in ("codec", "tokenizer", "mulan", "quantizer", *STAGES)
         }
+        if not (parts["quantizer"].is_fitted and parts["tokenizer"].components.any()):
+            raise CheckpointError(f"{folder} holds a quantizer or tokenizer that was never fitted")
         try:
             model = cls(
                 mulan=parts["mulan"],
@@ -274,6 +277,19 @@ def _refuse_strangers(
         )
 
 
+def model_folder(path: str | os.PathLike[str] | None) -> Path:
+    """Where a model lies; None is the bundled one."""
+    return Path(str(resources.files("musiclm_engine") / "assets") if path is None else path)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model's files, which decide with a request what is generated."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     """A list of prompts, each with something in it."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -304,6 +320,11 @@ def check_device(device: str | torch.device) -> torch.device:
     return target
 
 
+def check_settings(settings: Mapping[str, float]) -> None:
+    """Refuse what `MusicLM.generate` would not take as settings."""
+    merge_settings(StageSampling(), settings)
+
+
 def merge_settings(sampling: StageSampling, settings: Mapping[str, float]) -> StageSampling:
     """Sampling with `<stage>_<setting>`, or `<setting>` for all stages, put in; specific wins."""
     known = {field.name for field in fields(Sampling)}
@@ -328,7 +349,9 @@ def merge_settings(sampling: StageSampling, settings: Mapping[str, float]) -> St
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # PyTorch keeps what it has freed for itself: the driver counts that as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return available_bytes()
 
 

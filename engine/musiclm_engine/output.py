@@ -54,9 +54,21 @@ def read_request(path: Path) -> Request:
         ("settings", request.settings, dict),
         ("model", request.model, str | None),
     ):
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise CheckpointError(f"{path} is not the record of a generation: {name} is {value!r}")
     return replace(request, prompts=tuple(request.prompts))
+
+
+def check_same_model(path: Path, model_sha256: str) -> None:
+    """Refuse to repeat with other weights what `write_outputs` recorded.
+
+    Raises:
+        CheckpointError: the model has changed since.
+    """
+    if read_json(path).get("model_sha256") != model_sha256:
+        raise CheckpointError(
+            f"{path} was made with other weights than the model now holds: it cannot be repeated"
+        )
 
 
 def check_output(out: Path, *, spectrogram: bool) -> None:
@@ -71,18 +83,27 @@ def check_output(out: Path, *, spectrogram: bool) -> None:
     folder = out.parent
     if not folder.is_dir():
         raise AudioFileError(f"{out}: there is no folder {folder}")
-    if out.is_dir() or not os.access(folder, os.W_OK):
-        raise AudioFileError(f"{out}: cannot be written")
+    for path in (out, out.with_suffix(".json"), out.with_suffix(".png")):
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise AudioFileError(f"{path}: cannot be written")
     if spectrogram:
         _pyplot()
 
 
 def write_outputs(
-    result: "MusicLMOutput", request: Request, out: Path, *, spectrogram: bool
+    result: "MusicLMOutput",
+    request: Request,
+    out: Path,
+    *,
+    spectrogram: bool,
+    model_sha256: str,
 ) -> list[tuple[Path, float | None]]:
     """Write every candidate, then the record, then the picture.
 
     One prompt: OUT, OUT-2, OUT-3 … in order of score. Several: OUT-prompt1, OUT-prompt1-2 …
+
+    Args:
+        model_sha256: `musiclm.fingerprint` of the weights, for the record.
 
     Returns:
         each path, with the score of the candidate if it is one.
@@ -100,7 +121,12 @@ def write_outputs(
     record = out.with_suffix(".json")
     write_json(
         record,
-        {"request": asdict(request), "candidates": candidates, "versions": _versions()},
+        {
+            "request": asdict(request),
+            "model_sha256": model_sha256,
+            "candidates": candidates,
+            "versions": _versions(),
+        },
     )
     written.append((record, None))
     if spectrogram:
@@ -115,7 +141,12 @@ def draw_spectrogram(audio: "Tensor", sample_rate_hz: int, path: Path, title: st
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     axes.specgram(
-        audio.numpy() + 1e-7, NFFT=1024, noverlap=768, Fs=sample_rate_hz, vmin=-140, cmap="magma"
+        audio.cpu().numpy() + 1e-7,
+        NFFT=1024,
+        noverlap=768,
+        Fs=sample_rate_hz,
+        vmin=-140,
+        cmap="magma",
     )
     axes.set(xlabel="time (s)", ylabel="frequency (Hz)")
     axes.set_title(title, parse_math=False)  # a prompt with two dollars is no formula

@@ -1,7 +1,7 @@
-"""Fused operations for MusicLM, under `torch.ops.musiclm`.
+"""MusicLM's operations as PyTorch ops, under `torch.ops.musiclm`.
 
-Each op is plain PyTorch on CPU. So it is on CUDA until its Triton kernel is written:
-`implementations()` says what runs where.
+Each op's body is its definition in plain PyTorch, on CPU and on CUDA; a Triton kernel can take its
+place on CUDA. `implementations()` says what runs where.
 """
 
 from musiclm_kernels import reference

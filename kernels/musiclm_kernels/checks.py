@@ -1,5 +1,7 @@
 """The refusals that the public ops share. Each names the argument, what came and what is wanted."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,13 @@ def check_shape(name: str, tensor: Tensor, *wanted: int) -> None:
 
 def check_dtype(name: str, tensor: Tensor, *wanted: torch.dtype) -> None:
     if tensor.dtype not in wanted:
-        names = " or ".join(str(dtype) for dtype in wanted)
+        names = " or ".join(dict.fromkeys(str(dtype) for dtype in wanted))
         raise ValueError(f"{name} is {tensor.dtype}, wanted {names}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}, wanted a finite number")
 
 
 def check_device(name: str, tensor: Tensor, wanted: torch.device) -> None:

@@ -37,6 +37,15 @@ def define_op(
     return getattr(torch.ops.musiclm, name).default
 
 
+def refuse_to_differentiate(name: str) -> None:
+    """Make musiclm::name, a backward op, raise RuntimeError when it is differentiated itself."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(f"musiclm::{name} cannot be differentiated: its op is so only once")
+
+    torch.library.register_autograd(f"musiclm::{name}", refuse)
+
+
 def implementations() -> dict[str, dict[str, str]]:
     """What runs each op: {op: {"cpu": "reference", "cuda": "reference" or "triton"}}."""
     return {name: dict(bodies) for name, bodies in _implementations.items()}

@@ -272,3 +272,10 @@ def test_a_sequence_past_the_bias_table_is_refused():
     stage = build("coarse", max_frames=6)
     with pytest.raises(ValueError, match="8 frames is longer than max_frames 6"):
         stage(*inputs(stage))
+
+
+def test_decoding_past_the_bias_table_is_refused():
+    stage = build("semantic", max_frames=6)
+    conditioning, _, target = inputs(stage)
+    with pytest.raises(ValueError, match="8 frames is longer than max_frames 6"):
+        stage.prefill(conditioning, None, target[:, :2], 8)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -277,8 +278,28 @@ def test_info_tells_versions_model_and_bodies():
 def test_info_works_without_the_bundled_model(tmp_path, monkeypatch):
     from musiclm_engine import info
 
-    monkeypatch.setattr(info.resources, "files", lambda _: tmp_path)
-    assert f"bundled model: missing in {tmp_path / 'assets'}" in done(musiclm("info"))
+    monkeypatch.setattr(info, "model_folder", lambda _: tmp_path)
+    assert f"bundled model: missing in {tmp_path}" in done(musiclm("info"))
+
+
+def test_a_repeat_with_other_weights_is_refused(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    asked = ("a tune", "--seconds", 0.3, "--num-samples", 1, "--model", folder)
+    done(musiclm("generate", *asked, "--out", tmp_path / "a.wav"))
+    description = folder / "musiclm.json"
+    description.write_text(description.read_text() + " ")
+    again = musiclm("generate", "--repeat", tmp_path / "a.json", "--out", tmp_path / "b.wav")
+    refused(again, "made with other weights")
+    assert not (tmp_path / "b.wav").exists()
+
+
+@pytest.mark.parametrize("name", ["seed", "seconds", "on_progress"])
+def test_an_argument_is_no_setting(tmp_path, name):
+    out = tmp_path / "a.wav"
+    refused(
+        musiclm("generate", "a tune", "--set", f"{name}=3", "--out", out), f"{name} is no setting"
+    )
 
 
 def test_train_goes_through_bundle_to_generate(tiny_config, tiny_corpus, tmp_path):

@@ -97,11 +97,7 @@ class Stage(nn.Module):
     def codes(self, context_frames: int, target_frames: int) -> tuple[Tensor, Tensor]:
         """Position codes (of what each token predicts, of each token), both [N] int32."""
         device = self.start_token.device
-        span = max(context_frames * self.context_stride, target_frames)
-        if span > self.position.max_frames:
-            raise ValueError(
-                f"a sequence of {span} frames is longer than max_frames {self.position.max_frames}"
-            )
+        self.check_span(max(context_frames * self.context_stride, target_frames))
         context = self._frame_codes(
             context_frames, self.context_levels, stride=self.context_stride, first_level=0
         )
@@ -198,6 +194,7 @@ class Stage(nn.Module):
         """
         self.check(conditioning, context, prefix)
         context_frames = 0 if context is None else context.shape[1]
+        self.check_span(frames)
         x = self.embed(conditioning, context, prefix)
         cache = self.transformer.new_cache(
             len(x), self.sequence_length(context_frames, frames), like=x
@@ -242,6 +239,13 @@ class Stage(nn.Module):
             cache=cache,
         )
         return hidden @ self.logit_weights[next_level].T
+
+    def check_span(self, frames: int) -> None:
+        """Refuse a sequence that the bias table does not reach across."""
+        if frames > self.position.max_frames:
+            raise ValueError(
+                f"a sequence of {frames} frames is longer than max_frames {self.position.max_frames}"
+            )
 
     def check(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> None:
         """Refuse tokens that are not of this stage's form."""

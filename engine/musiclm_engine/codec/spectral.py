@@ -15,7 +15,7 @@ from musiclm_engine.codec.codec import Codec
 from musiclm_engine.codec.phase import waveform_from_magnitude
 from musiclm_engine.codec.residual_vq import ResidualVQ
 
-MAGNITUDE_FLOOR = 0.05  # -60 dB below a full-scale sine at n_fft 1280: quieter is silence
+MAGNITUDE_FLOOR = 0.05  # 76 dB below the peak of a full-scale sine at n_fft 1280
 
 
 class ConvNeXtBlock(nn.Module):

@@ -4,6 +4,7 @@ Clip i is a pure function of (seed, i), the soundfont and the clip's length: two
 bytes, a longer build begins with a shorter one, and a build that was cut off goes on where it was.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -40,10 +41,11 @@ from musiclm_engine.data.scores import Note, Piece, load_pieces, tonic_name
 
 MANIFEST_NAME = "manifest.jsonl"
 RECORD_NAME = "build.json"
-FORMAT = 1  # raise it when the same seed no longer gives the same bytes
+FORMAT = 2  # raise it when the same seed no longer gives the same bytes
 CLIPS_A_TASK = 8
 MAX_SILENCE_S = 2.0
 SILENCE_RMS = 1e-3  # -60 dB, over windows of 0.1 s
+MAX_CLIPS = 1_000_000  # a clip's file name has six digits
 MAX_TRIES = 100  # draws for one clip; a draw fails in about 1 of 100 (seed 0)
 
 CHORALE_BPM = (54.0, 100.0)
@@ -86,24 +88,30 @@ def build_corpus(
     `workers` defaults to one process a core; 1 renders in this process. The manifest is written last.
 
     Raises ValueError for figures out of range and for a folder that holds a build with another seed,
-    soundfont or clip length, FileNotFoundError without a soundfont, ImportError without tinysoundfont,
-    OSError when `out` cannot be written; the clips written so far stay.
+    soundfont or clip length, FileNotFoundError without a soundfont, ModuleNotFoundError without
+    tinysoundfont, OSError when `out` cannot be written; the clips written so far stay.
     """
-    if not hours > 0 or not clip_seconds >= 1 or not sample_rate_hz >= 8000:
+    if not 0 < hours < math.inf or not 1 <= clip_seconds < math.inf or not sample_rate_hz >= 8000:
         raise ValueError(
-            f"need hours > 0, clip_seconds >= 1 and sample_rate_hz >= 8000, got hours={hours}, "
+            f"need finite hours > 0, finite clip_seconds >= 1 and sample_rate_hz >= 8000, got hours={hours}, "
             f"clip_seconds={clip_seconds}, sample_rate_hz={sample_rate_hz}"
+        )
+    if hours * 3600 / clip_seconds > MAX_CLIPS:
+        raise ValueError(
+            f"hours={hours} is more than {MAX_CLIPS} clips of {clip_seconds} s: "
+            f"want at most {MAX_CLIPS * clip_seconds / 3600:.0f} hours"
         )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     out = Path(out).absolute()
     import_tinysoundfont()
     job = _Job(out, find_soundfont(soundfont), seed, clip_seconds, sample_rate_hz)
-    total = math.ceil(hours * 3600 / clip_seconds - 1e-9)
+    total = max(1, math.ceil(hours * 3600 / clip_seconds - 1e-9))
     workers = min(workers or _num_cores(), total)
+    _start_worker(job)  # a soundfont that cannot be read leaves no trace in the folder
+    job.settle()
     clips: list[Clip] = []
     try:
-        job.settle()
         for clip in _make_clips(job, total, workers):
             clips.append(clip)
             if on_progress is not None:
@@ -272,6 +280,8 @@ class _Job:
 
     def settle(self) -> None:
         """Make the folders, and refuse those of a build that was not this one."""
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "It is a file, wanted a folder", str(self.out))
         (self.out / "clips").mkdir(parents=True, exist_ok=True)
         record = {
             "format": FORMAT,
@@ -285,9 +295,12 @@ class _Job:
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{path}: not JSON ({error})") from None
-            if found != record:
+            if not isinstance(found, dict):
+                raise ValueError(f"{path}: not the record of a build, which is a JSON object")
+            has_clips = any((self.out / "clips").glob("*.flac"))  # none: its build failed early
+            if found != record and has_clips:
                 differ = [
                     f"{k} {found.get(k)!r}, now {v!r}"
                     for k, v in record.items()
@@ -320,12 +333,9 @@ def _num_cores() -> int:
 def _make_clips(job: _Job, total: int, workers: int) -> Iterator[Clip]:
     """The clips in order, from this process (`workers` 1) or from a pool."""
     if workers == 1:
-        _start_worker(job)
         yield from map(_work, range(total))
         return
-    forks = sys.platform == "linux"  # children then share the soundfont, loaded once here
-    if forks:
-        _start_worker(job)
+    forks = sys.platform == "linux"  # children then share the soundfont, loaded once before
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("fork" if forks else "spawn"),

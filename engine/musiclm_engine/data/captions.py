@@ -71,7 +71,7 @@ class _Words:
         bpm = facts["tempo_bpm"]
         self.bpm = rng.choice((f"{bpm:.0f} bpm", f"about {round(bpm / 5) * 5} bpm"))
         self.metre = f"in {facts['metre']}" if facts["metre"] else ""
-        if facts["metre"] == "3/4" and rng.random() < 0.4:
+        if facts["metre"] == "3/4" and rng.random() < 0.4 and self.is_waltz:
             self.metre = "in waltz time"
         self.metre_tag = self.metre.removeprefix("in ")
         key = facts["key"] is not None and facts["mode"] is not None

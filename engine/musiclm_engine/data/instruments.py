@@ -41,5 +41,4 @@ INSTRUMENTS: dict[str, Instrument] = {
 CHORALE_INSTRUMENTS = ("church organ", "piano", "harpsichord", "strings", "choir")
 # The last is listed once among five that are listed twice: melodies on an organ are rarer.
 TUNE_INSTRUMENTS = ("flute", "violin", "guitar", "piano", "harpsichord") * 2 + ("church organ",)
-GM_PROGRAMS: dict[str, int] = {name: i.program for name, i in INSTRUMENTS.items()}
 DYNAMICS = ("soft", "medium", "loud")

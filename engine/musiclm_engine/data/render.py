@@ -68,14 +68,15 @@ def find_soundfont(path: str | Path | None = None) -> Path:
 
 
 def import_tinysoundfont() -> Any:
-    """The synthesiser's module; ImportError with the command that installs it."""
+    """The synthesiser's module; ModuleNotFoundError with the command that installs it."""
     try:
         import tinysoundfont
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
             "rendering needs tinysoundfont: pip install --no-deps tinysoundfont==0.3.7 "
             "(--no-deps: it names pyaudio, which needs a compiler and PortAudio and serves only "
-            "live playback)"
+            "live playback)",
+            name="tinysoundfont",
         ) from error
     return tinysoundfont
 

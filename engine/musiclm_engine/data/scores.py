@@ -78,8 +78,6 @@ class Piece:
     """Pitch class of the key note."""
     mode: str | None
     metre: str
-    printed_tempo: str | None
-    """As printed, e.g. `1/4=120`."""
     pickup_quarters: float
 
     @property
@@ -155,7 +153,6 @@ def _piece(row: dict[str, Any]) -> Piece:
         tonic=None if key is None else key[0],
         mode=None if key is None else key[1],
         metre=row["metre"],
-        printed_tempo=row["tempo"],
         pickup_quarters=row["pickup"] / TICKS_PER_QUARTER,
     )
 

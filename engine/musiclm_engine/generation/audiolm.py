@@ -111,6 +111,9 @@ class AudioLM(nn.Module):
         self.fine = fine
         self.codec = codec
         self.windows = windows
+        semantic.check_span(self._window(windows.semantic_seconds) // coarse.context_stride)
+        coarse.check_span(self._window(windows.coarse_seconds))
+        fine.check_span(self._fine_window())
 
     def frames(self, seconds: float) -> int:
         """Frames of codes that hold this much audio, a whole number of semantic tokens."""
@@ -120,7 +123,7 @@ class AudioLM(nn.Module):
     def check_seconds(self, seconds: float) -> None:
         """Refuse what is no length of audio."""
         rate_hz = self.codec.sample_rate_hz
-        if not 0 < seconds < math.inf or round(seconds * rate_hz) < 1:
+        if not 0 < seconds * rate_hz < math.inf or round(seconds * rate_hz) < 1:
             raise ValueError(
                 f"seconds is {seconds}, wanted a number of at least a sample, {1 / rate_hz:g} s"
             )
@@ -154,7 +157,7 @@ class AudioLM(nn.Module):
         sampling = sampling or StageSampling()
         frames = self.frames(seconds)
         stride = self.coarse.context_stride
-        fine_window = max(1, round(self.windows.fine_seconds * self.codec.frame_rate_hz))
+        fine_window = self._fine_window()
 
         def stage_seeds(stage: str) -> Tensor:
             rows = [derive_seeds(int(seed), stage, count=1) for seed in seeds]
@@ -202,6 +205,9 @@ class AudioLM(nn.Module):
             audio=audio,
             tokens={"semantic": semantic[:, :, 0], "coarse": coarse, "fine": fine},
         )
+
+    def _fine_window(self) -> int:
+        return max(1, round(self.windows.fine_seconds * self.codec.frame_rate_hz))
 
     def _window(self, seconds: float) -> int:
         """Frames in a window, at least two of each stage's own."""

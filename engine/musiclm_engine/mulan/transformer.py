@@ -43,7 +43,7 @@ def feed_forward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequenti
 class Attention(nn.Module):
     """Pre-norm self-attention with l2-normalised queries and keys and learned scales.
 
-    `dropout` acts on the output: the fused attention never holds the probabilities.
+    `dropout` acts on the output: attention is one operation that keeps its probabilities to itself.
     """
 
     def __init__(self, dim: int, *, dim_head: int = 64, heads: int = 8, dropout: float = 0.0):

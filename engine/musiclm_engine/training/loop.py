@@ -195,10 +195,6 @@ def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -
 
 
 def _summary_writer(run_dir: Path, done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ModuleNotFoundError(
-            'training writes TensorBoard logs: pip install "musiclm-engine[train]"'
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=done or None)

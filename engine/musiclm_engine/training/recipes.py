@@ -151,7 +151,7 @@ def fit_tokenizer(place: Workplace, on_progress: Progress | None = None) -> Sema
 
 @torch.inference_mode()
 def fit_quantizer(place: Workplace, on_progress: Progress | None = None) -> MuLaNEmbedQuantizer:
-    """Fit the quantiser to MuLaN's embeddings of all training clips and captions, and save it.
+    """Fit the quantiser to MuLaN's embeddings of all training clips and a caption each, and save it.
 
     Captions are included because prompts are what it will quantise; a caption's embedding lies
     near its clip's, not on it.
@@ -165,7 +165,8 @@ def fit_quantizer(place: Workplace, on_progress: Progress | None = None) -> MuLa
         some = clips[start : start + 8]
         audio = torch.stack([load_crop(c, 0.0, seconds, mulan.sample_rate_hz) for c in some])
         embeddings.append(mulan.embed_audio(audio.to(place.device)))
-        embeddings.append(mulan.embed_text([c.captions[start % len(c.captions)] for c in some]))
+        captions = [c.captions[i % len(c.captions)] for i, c in enumerate(some, start)]
+        embeddings.append(mulan.embed_text(captions))
         if on_progress is not None:
             on_progress(min(start + 8, len(clips)), len(clips))
     model = MuLaNEmbedQuantizer(dim=mulan.dim_latent, **settings["model"]).to(place.device)
@@ -177,7 +178,7 @@ def fit_quantizer(place: Workplace, on_progress: Progress | None = None) -> MuLa
 def tokens(place: Workplace, split: str, on_progress: Progress | None = None) -> TokenCache:
     """The split's token cache, made now if it is not there or older than what makes tokens."""
     path = place.run_dir / "tokens" / f"{split}.safetensors"
-    makers = [
+    makers = [place.manifest] + [
         place.run_dir / name / "model.safetensors"
         for name in ("codec", "tokenizer", "mulan", "quantizer")
     ]

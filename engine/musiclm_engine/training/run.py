@@ -1,6 +1,7 @@
 """Train one model of a set, whichever it is: what `musiclm train` does."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -38,9 +39,14 @@ def train(
     Raises:
         ConfigError, CheckpointError, ManifestError: something it needs is missing or broken.
         FloatingPointError: training diverged.
+        ModuleNotFoundError: the extra `train` is not installed.
     """
     if name not in TRAINED:
         raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}")
+    if find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(
+            'training writes TensorBoard logs: pip install "musiclm-engine[train]"'
+        )
     place = Workplace(run_dir, manifest, load_config(config), device)
     torch.manual_seed(place.seed)  # of the first weights; each step has a seed of its own
 

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from musiclm_kernels.attention import reference
-from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
-from musiclm_kernels.registry import define_op
+from musiclm_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_finite,
+    check_shape,
+)
+from musiclm_kernels.registry import define_op, refuse_to_differentiate
 
 _ARGUMENTS = (
     "Tensor? table, Tensor? q_codes, Tensor? k_codes, SymInt offset, bool causal, "
@@ -73,6 +80,7 @@ def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | N
 torch.library.register_autograd(
     "musiclm::biased_attention", _backward, setup_context=_setup_context
 )
+refuse_to_differentiate("biased_attention_backward")
 
 
 def biased_attention(
@@ -106,14 +114,15 @@ def biased_attention(
         offset: added to the difference of the codes.
         causal: query i sees the keys j <= i + M - N, so that the last query sees every key.
         key_mask: [B, M] bool, True where a key may be attended.
-        scale: of q k^T, before the bias; 1 / sqrt(D) if None.
+        scale: of q k^T, before the bias, finite; 1 / sqrt(D) if None.
 
     Returns:
         [B, H, N, D], packed, in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs.
 
     Raises:
-        ValueError: an argument's shape, dtype or device is not as above, or the table comes
-            without codes, or codes without a table.
+        ValueError: an argument's shape, dtype or device is not as above, a scale is not finite, or
+            the table comes without codes, or codes without a table.
+        RuntimeError: a gradient of the gradient is asked for.
 
     Source: bias design of this project (docs: one bias for every transformer); softmax with a
     saved log-sum as in FlashAttention-2 (arXiv 2307.08691, section 3.1).
@@ -137,6 +146,8 @@ def biased_attention(
         check_shape("key_mask", key_mask, B, M)
         check_dtype("key_mask", key_mask, torch.bool)
         check_device("key_mask", key_mask, q.device)
+    if scale is not None:
+        check_finite("scale", scale)
     scale = D**-0.5 if scale is None else scale
     return _attention(q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale)[0]
 

@@ -1,5 +1,6 @@
 """The contrastive losses as a PyTorch op: schema, shape rule, autograd, the public function."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
 from musiclm_kernels.contrastive import reference
-from musiclm_kernels.registry import define_op
+from musiclm_kernels.registry import define_op, refuse_to_differentiate
 
 KINDS = ("softmax", "decoupled", "sigmoid")
 
@@ -64,6 +65,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "musiclm::contrastive_loss", _backward, setup_context=_setup_context
 )
+refuse_to_differentiate("contrastive_loss_backward")
 
 
 def contrastive_loss(
@@ -85,7 +87,8 @@ def contrastive_loss(
     Args:
         audio: [B, D], any float dtype.
         text: [B, D], audio's dtype; row i belongs to row i of audio.
-        temperature: a float or a float tensor of no dimensions; multiplies.
+        temperature: a float above 0, or a float tensor of no dimensions, whose value is not looked
+            at (that would synchronise); multiplies.
         kind: "softmax", "decoupled" or "sigmoid".
         bias: a float or a float tensor of no dimensions; for sigmoid only, where None is 0.
 
@@ -94,7 +97,9 @@ def contrastive_loss(
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above; no pairs, or one pair
-            with "decoupled", which compares with other pairs only; a bias without "sigmoid".
+            with "decoupled", which compares with other pairs only; a bias without "sigmoid"; a temperature that is no
+            finite float above 0.
+        RuntimeError: a gradient of the gradient is asked for.
 
     Source: softmax: CLIP (arXiv 2103.00020, figure 3); decoupled: Yeh et al., arXiv 2110.06848,
     equation 6; sigmoid: SigLIP (arXiv 2303.15343, equation 1).
@@ -111,6 +116,8 @@ def contrastive_loss(
         raise ValueError(f"audio has {audio.shape[0]} rows, wanted at least {least} for {kind}")
     if bias is not None and kind != "sigmoid":
         raise ValueError(f"bias is given with kind {kind!r}, wanted None: only sigmoid reads it")
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, wanted a finite number above 0")
     scalar = _as_scalar("temperature", temperature, audio)
     shift = None if bias is None else _as_scalar("bias", bias, audio)
     return _contrastive_loss(audio, text, scalar, shift, kind)

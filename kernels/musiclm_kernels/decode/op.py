@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_kernels.checks import FLOATS, INTS, check_device, check_dims, check_dtype, check_shape
+from musiclm_kernels.checks import (
+    FLOATS,
+    INTS,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_finite,
+    check_shape,
+)
 from musiclm_kernels.decode import reference
 from musiclm_kernels.registry import define_op
 
@@ -69,14 +77,14 @@ def decode_attention(
         q_code: [B] int32 within +-2^30; needed with table and only then.
         k_codes: [B, S] or [1, S] int32 within +-2^30; needed with table and only then.
         offset: added to the difference of the codes.
-        scale: of q k^T, before the bias; 1 / sqrt(D) if None.
+        scale: of q k^T, before the bias, finite; 1 / sqrt(D) if None.
 
     Returns:
         [B, H, D], in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above, a length is outside
-            0 to S, or the table comes without codes, or codes without a table.
+            0 to S, a scale is not finite, or the table comes without codes, or codes without a table.
 
     Source: `biased_attention` with N = 1 and a key mask from lengths.
     """
@@ -95,6 +103,8 @@ def decode_attention(
     check_dtype("lengths", lengths, *INTS)
     check_device("lengths", lengths, q.device)
     _check_bias(q, S, table, q_code, k_codes)
+    if scale is not None:
+        check_finite("scale", scale)
     scale = D**-0.5 if scale is None else scale
     return _decode_attention(
         q.detach(), k_cache.detach(), v_cache.detach(), lengths,

@@ -1,5 +1,7 @@
 """Residual vector quantisation as PyTorch ops: schemas, shape rules, the public functions."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -178,10 +180,10 @@ def rvq_ema_update(
         check_device(name, statistic, codebooks.device)
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}, wanted within [0, 1)")
-    if not dead_threshold >= 0:
-        raise ValueError(f"dead_threshold is {dead_threshold}, wanted 0 or more")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}, wanted above 0")
+    if not 0 <= dead_threshold < math.inf:
+        raise ValueError(f"dead_threshold is {dead_threshold}, wanted a finite number, 0 or more")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}, wanted a finite number above 0")
     _rvq_ema_update(
         x.detach(), codes, codebooks.detach(), cluster_size.detach(), cluster_sum.detach(),
         decay, dead_threshold, seed, eps,

@@ -1,13 +1,23 @@
 """Sampling as a PyTorch op: schema, shape rule, and the public function."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
+from musiclm_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_finite,
+    check_shape,
+)
 from musiclm_kernels.registry import define_op
 from musiclm_kernels.sampling import reference
+
+TOP_K_LIMIT = 2**63  # the schema holds it in an int64
 
 
 def _reference(
@@ -66,11 +76,12 @@ def sample_logits(
 
     Args:
         logits: [B, V], any float dtype; -inf rules a token out.
-        temperature: divides the logits; 0 takes the largest, the lowest index on ties.
+        temperature: divides the logits, finite; 0 takes the largest, the lowest index on ties.
         top_k: keep the k largest; 0 keeps all.
         top_p: keep the fewest tokens whose probabilities sum to at least this, in (0, 1].
         min_p: keep tokens at least this times as probable as the likeliest, in [0, 1].
-        guidance_scale: needed with unconditional and only then; 1 gives logits back, 0 unconditional.
+        guidance_scale: finite, needed with unconditional and only then; 1 gives logits back, 0
+            unconditional.
         unconditional: [B, V], the logits without the condition, finite, in the dtype of logits.
         seeds: [B] int64, one per row.
         step: which draw of these seeds this is, from 0 up.
@@ -96,6 +107,8 @@ def sample_logits(
     if (guidance_scale is None) != (unconditional is None):
         missing = "unconditional" if unconditional is None else "guidance_scale"
         raise ValueError(f"{missing} is None, wanted with its partner: both or neither")
+    if guidance_scale is not None:
+        check_finite("guidance_scale", guidance_scale)
     if unconditional is not None:
         check_shape("unconditional", unconditional, B, V)
         check_dtype("unconditional", unconditional, logits.dtype)
@@ -116,10 +129,10 @@ def sample_logits(
 
 
 def _check_numbers(temperature: float, top_k: int, top_p: float, min_p: float, step: int) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, wanted 0 or more")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}, wanted 0 (off) or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, wanted a finite number, 0 or more")
+    if not 0 <= top_k < TOP_K_LIMIT:
+        raise ValueError(f"top_k is {top_k}, wanted 0 (off) or more, below 2**63")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, wanted within (0, 1]")
     if not 0 <= min_p <= 1:

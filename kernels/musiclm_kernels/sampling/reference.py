@@ -37,7 +37,8 @@ def sample_logits(
         scores = scores.masked_fill(~allowed, -torch.inf)
     if temperature == 0:
         return scores.argmax(-1)
-    scores = scores / temperature
+    # From the largest down, so that no temperature, however small, makes the largest overflow.
+    scores = (scores - _finite_peak(scores)) / max(temperature, torch.finfo(scores.dtype).tiny)
     if 0 < top_k < scores.shape[1]:
         scores = _drop_below(scores, scores.topk(top_k).values[:, -1:])
     if top_p < 1:
@@ -45,6 +46,12 @@ def sample_logits(
     if min_p > 0:
         scores = _drop_below(scores, scores.amax(-1, keepdim=True) + math.log(min_p))
     return (scores + _gumbel(seeds, step, scores)).argmax(-1)
+
+
+def _finite_peak(scores: Tensor) -> Tensor:
+    """[B, 1]: the largest score; finite also where nothing is allowed, as -inf - -inf is NaN."""
+    limits = torch.finfo(scores.dtype)
+    return scores.amax(-1, keepdim=True).clamp(limits.min, limits.max)
 
 
 def _drop_below(scores: Tensor, threshold: Tensor) -> Tensor:
