@@ -103,15 +103,39 @@ def test_references_import_torch_alone():
             assert "kernel" not in module.split(".") and name != "kernel", (file, module, name)
 
 
+def may_reach(file: Path, module: str, name: str | None) -> bool:
+    """Whether an import keeps to the rule that only an op's own op.py, or kernel, takes its kernel."""
+    reached = f"{module}.{name}" if name else module
+    found = re.match(r"musiclm_kernels\.(\w+)\.(kernel|forward|backward)\b", reached)
+    if found is None:
+        return True
+    return file.parent.name == found[1] and file.stem in {"op", "kernel", "forward", "backward"}
+
+
 def test_only_an_ops_own_op_imports_its_kernel():
-    for file in KERNELS.rglob("*.py"):
-        for module, name in imports(file):
-            reached = f"{module}.{name}" if name else module
-            found = re.match(r"musiclm_kernels\.(\w+)\.(kernel|forward|backward)\b", reached)
-            if found:
-                family = file.parent.name
-                assert family == found[1], f"{file}: {reached}"
-                assert file.stem in {"op", "kernel", "forward", "backward"}, f"{file}: {reached}"
+    strangers = {
+        (str(file.relative_to(ROOT)), module, name)
+        for file in KERNELS.rglob("*.py")
+        for module, name in imports(file)
+        if not may_reach(file, module, name)
+    }
+    assert not strangers
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "name", "allowed"),
+    [
+        ("norm/op.py", "musiclm_kernels.norm", "kernel", True),
+        ("norm/backward.py", "musiclm_kernels.norm.forward", "launch", True),
+        ("norm/reference.py", "musiclm_kernels.norm", "kernel", False),
+        ("decode/op.py", "musiclm_kernels.norm.kernel", "launch", False),
+        ("registry.py", "musiclm_kernels.norm.kernel", None, False),
+        ("decode/op.py", "musiclm_kernels.norm", "reference", True),
+    ],
+)
+def test_the_rule_on_kernels_can_fail(file, module, name, allowed):
+    """No op has a kernel yet, so the rule is tried on imports made up here."""
+    assert may_reach(KERNELS / file, module, name) is allowed
 
 
 def test_the_engine_takes_only_what_the_kernels_export():
@@ -178,7 +202,7 @@ def test_kernels_import_without_triton_and_without_the_engine():
 
 
 def test_importing_the_engine_is_quick():
-    assert runs_within(3.0, "-c", "import musiclm_engine")
+    assert runs_within(3.0, "-c", "from musiclm_engine import MusicLM")
 
 
 def test_help_is_quick():

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 
 from musiclm_engine.data import build, build_corpus, load_manifest, render
-from musiclm_engine.data.instruments import GM_PROGRAMS, INSTRUMENTS
+from musiclm_engine.data.instruments import INSTRUMENTS
 from musiclm_engine.data.render import Renderer, SoundNote, find_soundfont
 from musiclm_engine.data.scores import load_pieces, tonic_name
 
@@ -33,7 +34,7 @@ def tiny_soundfont(*, cutoff_cents: int = 13_500) -> bytes:
 
     wave = np.sin(2 * np.pi * SINE_PERIODS / SINE_SAMPLES * np.arange(SINE_SAMPLES + 8))
     samples = (wave * 20_000).astype("<i2").tobytes() + bytes(46 * 2)
-    programs = sorted(GM_PROGRAMS.values())
+    programs = sorted(instrument.program for instrument in INSTRUMENTS.values())
     headers = (
         b"".join(
             name20(f"P{program}") + struct.pack("<HHHIII", program, 0, zone, 0, 0, 0)
@@ -165,7 +166,7 @@ def test_missing_synthesiser_and_broken_soundfont_say_what_to_do(
     with pytest.raises(ValueError, match=r"cannot read the soundfont .*broken\.sf2"):
         Renderer(broken, RATE_HZ)
     monkeypatch.setitem(sys.modules, "tinysoundfont", None)
-    with pytest.raises(ImportError, match="pip install --no-deps tinysoundfont==0.3.7"):
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps tinysoundfont==0.3.7"):
         build_corpus(tmp_path / "out", hours=0.01, soundfont=soundfont)
 
 
@@ -289,7 +290,41 @@ def test_refusals(corpus: Path, soundfont: Path, tmp_path: Path) -> None:
         build_corpus(tmp_path, hours=0, soundfont=soundfont)
     with pytest.raises(ValueError, match="workers"):
         build_corpus(tmp_path, workers=0, soundfont=soundfont)
+    for hours in (math.inf, math.nan, 1e308, 1e6):
+        with pytest.raises(ValueError, match=f"hours={re.escape(str(hours))}"):
+            build_corpus(tmp_path, hours=hours, soundfont=soundfont)
+    with pytest.raises(ValueError, match="clip_seconds=inf"):
+        build_corpus(tmp_path, clip_seconds=math.inf, soundfont=soundfont)
     in_the_way = tmp_path / "file"
     in_the_way.touch()
-    with pytest.raises(OSError, match=str(in_the_way)):
+    with pytest.raises(NotADirectoryError, match="It is a file, wanted a folder") as refusal:
         build_corpus(in_the_way, hours=0.01, soundfont=soundfont)
+    assert refusal.value.filename == str(in_the_way) and "stay" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("record", [b"[]", b"3", b"{", b"\xff"])
+def test_a_record_that_is_none_is_refused(record: bytes, soundfont: Path, tmp_path: Path) -> None:
+    (tmp_path / "build.json").write_bytes(record)
+    with pytest.raises(ValueError, match=r"build\.json: not "):
+        build_corpus(tmp_path, hours=0.01, soundfont=soundfont)
+    assert (tmp_path / "build.json").read_bytes() == record
+
+
+def test_a_failed_build_leaves_its_folder_usable(
+    soundfont: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, out = tmp_path / "broken.sf2", tmp_path / "out"
+    broken.write_bytes(b"RIFF" + bytes(40))
+    with pytest.raises(ValueError, match="cannot read the soundfont"):
+        build_corpus(out, hours=0.001, soundfont=broken)
+    assert not out.exists()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("before the first clip")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_make_clip", fail)
+        with pytest.raises(RuntimeError, match="before the first clip"):
+            build_corpus(out, hours=0.001, seed=1, soundfont=soundfont, workers=1)
+    assert (out / "build.json").exists()
+    assert len(load_manifest(build_corpus(out, hours=0.001, soundfont=soundfont, workers=1))) == 1

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,14 @@ def test_gradients_match_autograd_through_the_reference(shared):
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, bias = inputs()
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(biased_attention(q, k, v, **bias).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="biased_attention_backward cannot be differentiated"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -245,7 +255,9 @@ def test_compiles_without_graph_break():
         ({"table": None}, "q_codes is given without a table"),
         ({"table": torch.zeros(3, 11)}, "table has shape"),
         ({"table": torch.zeros(4, 0)}, "table has shape"),
-        ({"table": torch.zeros(4, 11).half()}, "table is torch.float16"),
+        ({"table": torch.zeros(4, 11).half()}, "table is torch.float16, wanted torch.float32$"),
+        ({"scale": math.nan}, "scale is nan"),
+        ({"scale": math.inf}, "scale is inf"),
         ({"q_codes": None}, "q_codes is None"),
         ({"k_codes": None}, "k_codes is None"),
         ({"q_codes": torch.zeros(2, 5, dtype=torch.int64)}, "q_codes is torch.int64"),

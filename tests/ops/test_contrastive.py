@@ -64,6 +64,13 @@ def test_gradients(kind):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
+def test_a_second_derivative_is_refused():
+    audio, text = (x.requires_grad_() for x in pairs())
+    (first,) = torch.autograd.grad(contrastive_loss(audio, text, 2.0), audio, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive_loss_backward cannot be differentiated"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_match_autograd_through_the_reference(kind):
     audio, text = (x.requires_grad_() for x in pairs(33, 8))
@@ -151,6 +158,10 @@ def test_compiles_without_graph_break():
         ({"text": torch.zeros(5, 4).half()}, "text is torch.float16"),
         ({"temperature": torch.ones(1)}, "temperature has shape"),
         ({"temperature": torch.tensor(1)}, "temperature is torch.int64"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
         ({"bias": 1.0}, "bias is given with kind 'softmax'"),
         ({"audio": torch.zeros(0, 4), "text": torch.zeros(0, 4)}, "audio has 0 rows"),
         (

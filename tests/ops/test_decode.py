@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -150,6 +152,8 @@ def test_compiles_without_graph_break():
         ({"lengths": torch.tensor([1, -1, 2])}, "lengths span -1 to 2"),
         ({"table": None}, "q_code is given without a table"),
         ({"table": torch.zeros(4)}, "table has shape"),
+        ({"table": torch.zeros(4, 11).half()}, "table is torch.float16, wanted torch.float32$"),
+        ({"scale": math.nan}, "scale is nan"),
         ({"q_code": None}, "q_code is None"),
         ({"k_codes": None}, "k_codes is None"),
         ({"q_code": torch.zeros(3, 1, dtype=torch.int32)}, "q_code has shape"),

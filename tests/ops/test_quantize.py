@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -274,6 +276,11 @@ def test_refusals(call, name):
         ({"decay": 1.0}, "decay is 1.0"),
         ({"dead_threshold": -1.0}, "dead_threshold is -1.0"),
         ({"eps": 0.0}, "eps is 0.0"),
+        ({"decay": math.nan}, "decay is nan"),
+        ({"dead_threshold": math.inf}, "dead_threshold is inf"),
+        ({"dead_threshold": math.nan}, "dead_threshold is nan"),
+        ({"eps": math.inf}, "eps is inf"),
+        ({"eps": math.nan}, "eps is nan"),
     ],
 )
 def test_ema_refusals(change, name):

@@ -8,6 +8,7 @@ from musiclm_kernels import reference, sample_logits
 from musiclm_kernels.philox import uniform
 
 SEEDS = torch.arange(4)
+ROWS = torch.zeros(4, 37)
 
 
 def logits(B=4, V=37, dtype=torch.float64, seed=0):
@@ -100,6 +101,15 @@ def test_temperature_zero_takes_the_largest_and_the_lowest_of_ties():
     rows = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0.0, 0.0, 5.0]])
     tokens = sample_logits(rows, temperature=0, top_k=1, seeds=SEEDS[:3], step=0)
     assert tokens.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-60, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
+def test_a_tiny_temperature_is_greedy(dtype, temperature, filters):
+    rows = torch.tensor([[1, 2, 3], [-3, -2, -torch.inf], [6e4, -6e4, 0]], dtype=dtype)
+    settings = {"temperature": temperature, "seeds": SEEDS[:3], "step": 0, **filters}
+    assert sample_logits(rows, **settings).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -210,7 +220,9 @@ def test_compiles_without_graph_break():
         ({"logits": torch.zeros(4, 0)}, "logits has shape"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2**63}, "top_k is 9223372036854775808"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": -0.1}, "min_p is -0.1"),
@@ -219,6 +231,8 @@ def test_compiles_without_graph_break():
         ({"seeds": torch.zeros(4, dtype=torch.int32)}, "seeds is torch.int32"),
         ({"guidance_scale": 2.0}, "unconditional is None"),
         ({"unconditional": torch.zeros(4, 37)}, "guidance_scale is None"),
+        ({"unconditional": ROWS, "guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"unconditional": ROWS, "guidance_scale": -math.inf}, "guidance_scale is -inf"),
         ({"unconditional": torch.zeros(4, 36), "guidance_scale": 2.0}, "unconditional has shape"),
         ({"allowed": torch.ones(36, dtype=torch.bool)}, "allowed has shape"),
         ({"allowed": torch.ones(37)}, "allowed is torch.float32"),
