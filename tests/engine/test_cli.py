@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import soundfile
@@ -68,7 +69,7 @@ def test_candidates_record_and_what_is_said(generate, tiny_folder, tmp_path):
     assert [candidate["file"] for candidate in record["candidates"]] == ["hymn.wav", "hymn-2.wav"]
     scores = [candidate["mulan_similarity"] for candidate in record["candidates"]]
     assert scores == sorted(scores, reverse=True)
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")  # torch itself may add its build
     assert lines[0] == f"{out}  MuLaN similarity {scores[0]:.3f}"
     assert lines[1].startswith(f"{tmp_path / 'hymn-2.wav'}  MuLaN similarity")
     assert lines[2] == str(tmp_path / "hymn.json") and "x real time" in lines[3]
