@@ -20,19 +20,20 @@ STANDARD = frozenset(sys.stdlib_module_names)
 MAX_FILE_BYTES = 16 * 2**20
 
 # Each module or package of the engine, and what of the engine it may import besides itself.
-LEAVES = {"audio", "checkpoint", "kmeans"}
+LEAVES = {"audio", "checkpoint", "kmeans", "whole_file"}
 MODELS = LEAVES | {"codec", "mulan", "audiolm", "components"}
 MAY_IMPORT = {
-    "audio": set(),
-    "checkpoint": set(),
+    "audio": {"whole_file"},
+    "checkpoint": {"whole_file"},
     "kmeans": set(),
+    "whole_file": set(),
     "info": {"musiclm"},
     "codec": LEAVES,
     "mulan": LEAVES,
     "audiolm": LEAVES,
     "components": LEAVES | {"codec", "mulan", "audiolm"},
     "generation": MODELS,
-    "data": {"audio"},
+    "data": {"audio", "whole_file"},
     "training": MODELS | {"data"},
     "training.bundle": MODELS | {"generation", "musiclm"},
     "musiclm": MODELS | {"generation"},

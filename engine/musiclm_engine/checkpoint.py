@@ -1,7 +1,6 @@
 """Models on disk: NAME.safetensors beside NAME.json. Nothing is ever unpickled."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -9,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from musiclm_engine.whole_file import whole_file
 
 
 class CheckpointError(ValueError):
@@ -27,32 +28,20 @@ class Configured(Protocol):
 
 def write_json(path: Path, value: Any) -> None:
     """Write value as JSON; the file is either whole or as it was."""
-    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors; the file is either whole or as it was."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-    def write(partial: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
         try:
-            save_file(packed, partial)
+            save_file(packed, unfinished)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(f"{path} cannot be written: {error}") from None
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes may write the same file: each its own, the last one stays.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.chmod(0o644)  # safetensors makes files that only their owner reads
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from musiclm_engine.audio import save_audio
 from musiclm_engine.audio.files import AudioFileError
 from musiclm_engine.checkpoint import CheckpointError, read_json, write_json
+from musiclm_engine.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,13 +151,11 @@ def draw_spectrogram(audio: "Tensor", sample_rate_hz: int, path: Path, title: st
     )
     axes.set(xlabel="time (s)", ylabel="frequency (Hz)")
     axes.set_title(title, parse_math=False)  # a prompt with two dollars is no formula
-    partial = path.with_name(f".{path.stem}.partial.png")
     try:
-        figure.savefig(partial, dpi=100)
-        os.replace(partial, path)
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, dpi=100)
     finally:
         pyplot.close(figure)
-        partial.unlink(missing_ok=True)
 
 
 def _pyplot() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from musiclm_engine import checkpoint
+from musiclm_engine import checkpoint, whole_file
 from musiclm_engine.audiolm import SemanticTransformer
 from musiclm_engine.checkpoint import (
     CheckpointError,
@@ -159,7 +159,7 @@ def full_disk(*_):
 def test_a_full_disk_leaves_the_file_as_it_was(stem, monkeypatch, suffix):
     path = stem.with_suffix(suffix)
     before = path.read_bytes()
-    monkeypatch.setattr(checkpoint.os, "replace", full_disk)
+    monkeypatch.setattr(whole_file.os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_model(build(), stem) if suffix == ".safetensors" else write_json(path, {})
     assert path.read_bytes() == before
@@ -184,3 +184,10 @@ def test_views_are_saved(tmp_path):
     write_tensors(tmp_path / "t.safetensors", {"t": base.T, "part": base[0].clone()[1:]})
     read = read_tensors(tmp_path / "t.safetensors")
     assert torch.equal(read["t"], base.T) and torch.equal(read["part"], base[0, 1:])
+
+
+def test_a_file_has_the_rights_that_new_files_have(tmp_path):
+    """safetensors makes its files private, and a package installed by root would be no one else's."""
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

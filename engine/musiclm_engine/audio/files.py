@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ import soundfile
 import soxr
 import torch
 from torch import Tensor
+
+from musiclm_engine.whole_file import whole_file
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 RESAMPLING_MARGIN_SECONDS = 0.05  # read around a crop, so that its edges are the whole file's
@@ -155,14 +156,9 @@ def save_audio(path: str | os.PathLike, audio: Tensor, sample_rate_hz: int) -> N
     if path.is_dir():
         raise AudioFileError(f"{path}: is a folder")
 
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     try:
-        open(unfinished, "xb").close()  # unlike libsndfile, this says why it cannot
-        try:
+        with whole_file(path) as unfinished:
             _write(unfinished, samples, sample_rate_hz, *FORMATS[path.suffix.lower()])
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except soundfile.LibsndfileError as error:
         raise AudioFileError(f"{path}: cannot be written: {error.error_string}") from error
     except OSError as error:

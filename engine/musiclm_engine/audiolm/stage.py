@@ -20,8 +20,8 @@ class Stage(nn.Module):
         c_1 .. c_M,  context frames (each its levels in turn),  start,  target frames (the same)
 
     The output above a token predicts the next one, so a query carries the position code of the
-    token it predicts and a key the code of its own token: the token of frame t at level l sees at
-    once what the context holds at t.
+    token it predicts and a key the code of its own token: the token of frame t at level l and
+    what the context holds at t always meet in the same entry of the bias table.
 
     Args:
         conditioning_size: values of a conditioning token; one more id, `null`, stands for none.

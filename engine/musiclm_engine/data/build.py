@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from musiclm_engine.data.instruments import (
 from musiclm_engine.data.manifest import Clip, write_manifest
 from musiclm_engine.data.render import Renderer, SoundNote, find_soundfont, import_tinysoundfont
 from musiclm_engine.data.scores import Note, Piece, load_pieces, tonic_name
+from musiclm_engine.whole_file import whole_file
 
 MANIFEST_NAME = "manifest.jsonl"
 RECORD_NAME = "build.json"
@@ -309,7 +309,8 @@ class _Job:
                 raise ValueError(
                     f"{self.out} holds another build ({'; '.join(differ)}): choose another folder"
                 )
-        _write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n")
 
 
 _worker: tuple[_Job, Renderer]
@@ -365,7 +366,8 @@ def _make_clip(job: _Job, renderer: Renderer, index: int) -> Clip:
         if not (at_risk and _falls_silent(audio, job.sample_rate_hz)):
             packed = io.BytesIO()
             soundfile.write(packed, audio, job.sample_rate_hz, format="FLAC", subtype="PCM_16")
-            _write_whole(path, packed.getvalue())
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(packed.getvalue())
             break
     else:
         raise RuntimeError(f"clip {index} of seed {job.seed} stays silent with {job.soundfont}")
@@ -404,16 +406,3 @@ def _is_whole(path: Path, job: _Job) -> bool:
     return rate_hz == job.sample_rate_hz and audio.shape == (
         round(job.clip_seconds * job.sample_rate_hz),
     )
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -8,12 +8,12 @@
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from musiclm_engine.whole_file import whole_file
 
 SPLITS = ("train", "validation", "test")
 NUM_MISSING_NAMED = 5  # missing files an error lists before it only counts
@@ -73,27 +73,20 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> Path:
     """Write clips as a manifest, all or nothing; audio paths become relative to it where they can."""
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for clip in clips:
-                audio = Path(clip.audio)
-                if audio.is_absolute() and audio.is_relative_to(path.parent):
-                    audio = audio.relative_to(path.parent)
-                row = {
-                    "audio": audio.as_posix(),
-                    "seconds": clip.seconds,
-                    "captions": list(clip.captions),
-                    "split": clip.split,
-                    "piece": clip.piece,
-                    "facts": clip.facts,
-                }
-                file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for clip in clips:
+            audio = Path(clip.audio)
+            if audio.is_absolute() and audio.is_relative_to(path.parent):
+                audio = audio.relative_to(path.parent)
+            row = {
+                "audio": audio.as_posix(),
+                "seconds": clip.seconds,
+                "captions": list(clip.captions),
+                "split": clip.split,
+                "piece": clip.piece,
+                "facts": clip.facts,
+            }
+            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
     return path
 
 
