@@ -1,30 +1,53 @@
 """Which body runs each op on each device: registered here, and reported by `implementations`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 import torch
 
 _implementations: dict[str, dict[str, str]] = {}
+_kernels_on_cpu = ContextVar("kernels_on_cpu", default=False)
 
 
 def define_op(
-    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    kernel: str | None = None,
 ) -> torch._ops.OpOverload:
-    """Register musiclm::name, with the reference as its body on CPU and, until a kernel exists,
-    on CUDA too.
+    """Register musiclm::name: the reference is its body on CPU; on CUDA the kernel, if there is one.
+
+    A float64 op has no kernel: it runs its definition everywhere.
 
     Args:
         name: the op's name within `torch.ops.musiclm`.
         schema: arguments and results in PyTorch's schema language.
         reference: the body; called with the schema's arguments in order.
         fake: the shape rule, called in the same way.
+        kernel: "module:function" of the launcher, called in the same way and imported on its first
+            call, so that nothing but a GPU's user needs Triton.
     """
     qualified = f"musiclm::{name}"
 
     def body(*arguments: Any) -> Any:
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        device = first.device.type
+        interpreted = device == "cpu" and _kernels_on_cpu.get()
+        # The interpreter multiplies bfloat16 as the integers of its bits.
+        takes = first.dtype not in (torch.float64, torch.bfloat16 if interpreted else None)
+        if kernel is not None and takes and (device == "cuda" or interpreted):
+            with torch.cuda.device_of(first):  # Triton launches on the current device
+                return _load(kernel)(*arguments)
+        if interpreted:
+            raise RuntimeError(
+                f"through_kernels: no Triton kernel of musiclm::{name} runs on CPU in {first.dtype}"
+            )
         # Under autocast the matrix products of the body would be rounded, its sums with them.
-        device = next(a.device.type for a in arguments if isinstance(a, torch.Tensor))
         if not torch.is_autocast_enabled(device):
             return reference(*arguments)
         with torch.autocast(device, enabled=False):
@@ -33,7 +56,7 @@ def define_op(
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, ("CPU", "CUDA"), body)
     torch.library.register_fake(qualified, fake)
-    _implementations[name] = {"cpu": "reference", "cuda": "reference"}
+    _implementations[name] = {"cpu": "reference", "cuda": "triton" if kernel else "reference"}
     return getattr(torch.ops.musiclm, name).default
 
 
@@ -49,3 +72,18 @@ def refuse_to_differentiate(name: str) -> None:
 def implementations() -> dict[str, dict[str, str]]:
     """What runs each op: {op: {"cpu": "reference", "cuda": "reference" or "triton"}}."""
     return {name: dict(bodies) for name, bodies in _implementations.items()}
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Within: an op on CPU tensors runs its kernel, or raises RuntimeError where it has none."""
+    token = _kernels_on_cpu.set(True)
+    try:
+        yield
+    finally:
+        _kernels_on_cpu.reset(token)
+
+
+def _load(kernel: str) -> Callable[..., Any]:
+    module, function = kernel.split(":")
+    return getattr(import_module(module), function)

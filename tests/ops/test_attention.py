@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from musiclm_kernels import biased_attention, reference
+from musiclm_kernels.attention import blocked
+from musiclm_kernels.philox import WORD, philox_4x32
 
 BIG = 2**30
 
@@ -211,8 +214,10 @@ def test_op_contracts():
     table = bias["table"]
     key_mask = torch.ones(2, 7, dtype=torch.bool)
     leaves = tuple(x.requires_grad_() for x in (q, k, v))
-    rest = (table.requires_grad_(), bias["q_codes"], bias["k_codes"], 3, True, key_mask, 0.3)
-    plain = (None, None, None, 0, False, None, 0.3)
+    codes = (bias["q_codes"], bias["k_codes"])
+    options = (0.2, torch.tensor(7), torch.full((4,), 9.0), 2)
+    rest = (table.requires_grad_(), *codes, 3, True, key_mask, 0.3, *options)
+    plain = (None, None, None, 0, False, None, 0.3, 0.0, None, None, 1)
     torch.library.opcheck(torch.ops.musiclm.biased_attention.default, leaves + rest)
     torch.library.opcheck(torch.ops.musiclm.biased_attention.default, leaves + plain)
     q, k, v = leaves = tuple(x.detach() for x in leaves)
@@ -243,9 +248,114 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_of_queries_change_nothing(monkeypatch, causal, shared):
+    monkeypatch.setattr(blocked, "BLOCK_SCORES", 4 * 17 * 8)
+    monkeypatch.setattr(blocked, "MIN_QUERIES", 3)
+    q, k, v, bias = inputs(B=3, N=23, M=17, shared=shared)
+    key_mask = torch.rand(3, 17, generator=torch.Generator().manual_seed(1)) > 0.4
+    leaves = [x.requires_grad_() for x in (q, k, v, bias["table"])]
+    results = []
+    for function in (biased_attention, reference.biased_attention):
+        out = function(
+            q, k, v, **bias, causal=causal, key_mask=key_mask, dropout=0.3, dropout_seed=5
+        )
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_no_tensor_of_all_pairs_of_a_head():
+    N = 1024
+    q, k, v, bias = inputs(B=2, H=2, Hkv=2, N=N, M=N, T=2 * N - 1, dtype=torch.float32)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    with Largest() as largest:
+        out, lse = blocked.attention_and_lse(
+            q, k, v, bias["table"], bias["q_codes"], bias["k_codes"], N, False, None, 0.3,
+            0.0, None, None, 1,
+        )  # fmt: skip
+        blocked.attention_backward(
+            q, q, k, v, out, lse, bias["table"], bias["q_codes"], bias["k_codes"], N, False, None,
+            0.3, 0.0, None, None, 1, True,
+        )  # fmt: skip
+    assert 0 < largest.numel <= blocked.BLOCK_SCORES < N * N
+
+
+def test_dropout_is_the_documented_choice():
+    q, k, v, bias = inputs(B=2, H=4, N=50, M=70, D=8, T=11)
+    seed, rate = 2**40 + 3, 0.25
+    out = biased_attention(q, k, v, **bias, offset=3, dropout=rate, dropout_seed=seed)
+    weights = materialised_bias(**bias, offset=3)
+    keys = k.repeat_interleave(2, dim=1)
+    weights = (q @ keys.mT * 8**-0.5 + weights).softmax(-1)
+    for b, h, i, j in [(0, 0, 0, 0), (1, 3, 49, 69), (1, 2, 7, 31)]:
+        words = philox_4x32(
+            tuple(torch.tensor(c) for c in (j, i, b * 4 + h, 0)),
+            (torch.tensor(seed & WORD), torch.tensor(seed >> 32)),
+        )
+        kept = (words[0].item() >> 1) >= rate * 2**31
+        # the output's slope in the value of that pair is the weight after dropout
+        leaf = v.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(
+            biased_attention(q, k, leaf, **bias, offset=3, dropout=rate, dropout_seed=seed)[
+                b, h, i, 0
+            ],
+            leaf,
+        )
+        wanted = weights[b, h, i, j] / (1 - rate) if kept else 0.0
+        torch.testing.assert_close(slope[b, h // 2, j, 0].item(), float(wanted))
+    assert not torch.equal(out, biased_attention(q, k, v, **bias, offset=3))
+
+
+def test_dropout_keeps_the_mean_and_gradients_are_exact():
+    q, k, v, bias = inputs(B=1, H=2, Hkv=2, N=3, M=5, D=2, T=5)
+    outs = [biased_attention(q, k, v, **bias, dropout=0.4, dropout_seed=s) for s in range(2000)]
+    mean = torch.stack(outs).mean(0)
+    plain = biased_attention(q, k, v, **bias)
+    assert (mean - plain).abs().max() < 0.15
+    leaves = [x.requires_grad_() for x in (q, k, v, bias["table"])]
+
+    def attend(q, k, v, table):
+        codes = {"q_codes": bias["q_codes"], "k_codes": bias["k_codes"]}
+        return biased_attention(q, k, v, table=table, **codes, dropout=0.4, dropout_seed=9)
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+def test_dropout_without_a_seed_follows_torchs_generator():
+    q, k, v, bias = inputs()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(biased_attention(q, k, v, **bias, dropout=0.5))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    seed = torch.tensor(77)
+    assert torch.equal(
+        biased_attention(q, k, v, **bias, dropout=0.5, dropout_seed=seed),
+        biased_attention(q, k, v, **bias, dropout=0.5, dropout_seed=77),
+    )
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": 0.1, "dropout_seed": torch.zeros(2)}, "dropout_seed has shape"),
+        ({"dropout": 0.1, "dropout_seed": torch.tensor(1.0)}, "dropout_seed is torch.float32"),
+        ({"score_bound": torch.zeros(3)}, "score_bound has shape"),
+        ({"grid_rows": 0}, "grid_rows is 0"),
         ({"q": torch.zeros(2, 4, 5)}, "q has shape"),
         ({"q": torch.zeros(2, 4, 5, 8, dtype=torch.int64)}, "q is torch.int64"),
         ({"k": torch.zeros(2, 3, 7, 8)}, "k has 3 heads"),

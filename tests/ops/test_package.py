@@ -19,6 +19,7 @@ OPS = [
     "contrastive_loss",
     "decode_attention",
     "drop_patches",
+    "qk_l2norm",
     "rvq_decode",
     "rvq_ema_update",
     "rvq_encode",
@@ -37,23 +38,95 @@ def test_implementations_are_what_is_registered():
     found = musiclm_kernels.implementations()
     assert set(OPS) <= set(found)
     for name, bodies in found.items():
-        assert bodies == {"cpu": "reference", "cuda": "reference"}
+        assert bodies in (
+            {"cpu": "reference", "cuda": "reference"},
+            {"cpu": "reference", "cuda": "triton"},
+        )
         for device in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"musiclm::{name}", device)
     found.clear()
     assert musiclm_kernels.implementations()
 
 
-def test_through_kernels_says_what_is_missing(monkeypatch):
+@pytest.fixture
+def interpreter():
+    """Skips where Triton is missing, or compiles for a GPU: conftest.py chose when it was imported."""
+    if not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("Triton was imported without its interpreter")
+
+
+def test_through_kernels_wants_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before"):
         through_kernels()
+
+
+def test_through_kernels_wants_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="no Triton kernel exists yet"):
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    with pytest.raises(RuntimeError, match="through_kernels needs Triton: "):
         through_kernels()
 
 
-def test_imports_torch_and_itself_alone():
+def test_through_kernels_wants_the_interpreter_chosen_in_time(interpreter):
+    code = """
+import os
+import triton
+os.environ["TRITON_INTERPRET"] = "1"
+from musiclm_kernels.testing import through_kernels
+try:
+    through_kernels()
+except RuntimeError as error:
+    print(error)
+"""
+    path = {"PYTHONPATH": str(FOLDER.parent), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True, env=path, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Triton was imported before TRITON_INTERPRET=1 was set" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_through_kernels_refuses_what_no_kernel_takes(interpreter, dtype):
+    q, scale = torch.ones(1, 2, 3, 4, dtype=dtype), torch.ones(4)
+    with through_kernels(), pytest.raises(RuntimeError, match=f"qk_l2norm runs on CPU in {dtype}"):
+        musiclm_kernels.qk_l2norm(q, q, scale, scale)
+    assert musiclm_kernels.qk_l2norm(q, q, scale, scale)[0].dtype == dtype
+
+
+def test_through_kernels_refuses_an_op_without_a_kernel(interpreter):
+    assert musiclm_kernels.implementations()["contrastive_loss"]["cuda"] == "reference"
+    rows = torch.ones(2, 3)
+    with through_kernels(), pytest.raises(RuntimeError, match="musiclm::contrastive_loss"):
+        musiclm_kernels.contrastive_loss(rows, rows, 1.0)
+    assert musiclm_kernels.contrastive_loss(rows, rows, 1.0).isfinite()
+
+
+def test_through_kernels_runs_them_and_ends(interpreter, monkeypatch):
+    from musiclm_kernels.qk_l2norm import kernel
+
+    calls = []
+    monkeypatch.setattr(
+        kernel, "qk_l2norm", lambda q, k, *scales: calls.append(1) or (q + 0, k + 0)
+    )
+    q, scale = torch.ones(1, 2, 3, 4), torch.ones(4)
+    with through_kernels():
+        musiclm_kernels.qk_l2norm(q, q, scale, scale)
+    assert len(calls) == 1
+    musiclm_kernels.qk_l2norm(q, q, scale, scale)
+    assert len(calls) == 1
+
+
+def may_import_triton(file):
+    """An op's kernel and the modules it is made of; and `through_kernels`, when it is called."""
+    folders = file.relative_to(FOLDER).parts[:-1]
+    if not folders:
+        return file.name == "testing.py"
+    return file.name not in ("__init__.py", "op.py", "reference.py")
+
+
+def test_imports_torch_and_itself_alone_but_for_triton_in_kernels():
     allowed = {"musiclm_kernels", "torch"} | set(sys.stdlib_module_names)
     for file in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -61,7 +134,8 @@ def test_imports_torch_and_itself_alone():
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, file
                 names = [node.module]
-            assert {name.split(".")[0] for name in names} <= allowed, file
+            strangers = {name.split(".")[0] for name in names} - allowed
+            assert strangers <= ({"triton"} if may_import_triton(file) else set()), file
 
 
 def test_works_without_triton():
@@ -74,6 +148,8 @@ x = torch.randn(2, 3, 4, requires_grad=True)
 musiclm_kernels.drop_patches(x, 2, seed=0)[0].sum().backward()
 q = torch.randn(1, 2, 3, 4)
 assert musiclm_kernels.biased_attention(q, q, q).shape == q.shape
+q.requires_grad_()
+musiclm_kernels.qk_l2norm(q, q, torch.ones(4), torch.ones(2, 4))[0].sum().backward()
 """
     path = {"PYTHONPATH": str(FOLDER.parent), "PATH": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=path, timeout=120)

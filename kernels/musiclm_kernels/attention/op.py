@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musiclm_kernels.attention import reference
+from musiclm_kernels.attention import blocked, reference
 from musiclm_kernels.checks import (
     FLOATS,
     check_device,
@@ -18,7 +18,8 @@ from musiclm_kernels.registry import define_op, refuse_to_differentiate
 
 _ARGUMENTS = (
     "Tensor? table, Tensor? q_codes, Tensor? k_codes, SymInt offset, bool causal, "
-    "Tensor? key_mask, float scale"
+    "Tensor? key_mask, float scale, float dropout, Tensor? dropout_seed, Tensor? score_bound, "
+    "SymInt grid_rows"
 )
 
 
@@ -49,32 +50,37 @@ def _fake_backward(
 _attention = define_op(
     "biased_attention",
     f"(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    reference.attention_and_lse,
+    blocked.attention_and_lse,
     _fake,
+    kernel="musiclm_kernels.attention.forward:attention_and_lse",
 )
 _attention_backward = define_op(
     "biased_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}, bool wants_table) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.attention_backward,
+    blocked.attention_backward,
     _fake_backward,
+    kernel="musiclm_kernels.attention.backward:attention_backward",
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, table, q_codes, k_codes, key_mask)
+    q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale, *rest = inputs
+    dropout, dropout_seed, score_bound, grid_rows = rest
+    tensors = (table, q_codes, k_codes, key_mask, dropout_seed, score_bound)
+    ctx.save_for_backward(q, k, v, *output, *tensors)
     ctx.offset, ctx.causal, ctx.scale = offset, causal, scale
+    ctx.dropout, ctx.grid_rows = dropout, grid_rows
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, table, q_codes, k_codes, key_mask = ctx.saved_tensors
+    q, k, v, out, lse, table, q_codes, k_codes, key_mask, seed, bound = ctx.saved_tensors
     wants_table = ctx.needs_input_grad[3]
     grad_q, grad_k, grad_v, grad_table = _attention_backward(
-        grad_out, q, k, v, out, lse, table, q_codes, k_codes,
-        ctx.offset, ctx.causal, key_mask, ctx.scale, wants_table,
+        grad_out, q, k, v, out, lse, table, q_codes, k_codes, ctx.offset, ctx.causal, key_mask,
+        ctx.scale, ctx.dropout, seed, bound, ctx.grid_rows, wants_table,
     )  # fmt: skip
-    return (grad_q, grad_k, grad_v, grad_table if wants_table else None) + (None,) * 6
+    return (grad_q, grad_k, grad_v, grad_table if wants_table else None) + (None,) * 10
 
 
 torch.library.register_autograd(
@@ -95,6 +101,10 @@ def biased_attention(
     causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    score_bound: Tensor | None = None,
+    grid_rows: int = 1,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v, with a positional bias read from a small table:
 
@@ -115,13 +125,26 @@ def biased_attention(
         causal: query i sees the keys j <= i + M - N, so that the last query sees every key.
         key_mask: [B, M] bool, True where a key may be attended.
         scale: of q k^T, before the bias, finite; 1 / sqrt(D) if None.
+        dropout: share in [0, 1) of the weights that become zero, while the others are divided by
+            1 - dropout (attention dropout, as in PyTorch's scaled_dot_product_attention).
+        dropout_seed: an int, or int64 []; None draws it from torch's generator. Which weights stay
+            is Philox of the seed and of their place, the same on every device.
+        score_bound: [H] float32, a promise that scale * q k^T never exceeds it: with normalised
+            queries and keys it does not. The kernel then needs no running maximum. Ignored where
+            the bound and the table's range leave less room than fp32 has, and in float16.
+        grid_rows: R, where codes are column * (2 R - 1) + row, 0 <= row < R, of tokens on a grid;
+            1 for tokens on a line. The gradient of the table is the same for any value; on CUDA it
+            is fastest if this is true.
 
     Returns:
-        [B, H, N, D], packed, in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs.
+        [B, H, N, D], packed, in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs. On
+        CUDA, products of float32 inputs are exact unless torch.set_float32_matmul_precision is
+        lower than "highest": then they are tf32.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above, a scale is not finite, or
-            the table comes without codes, or codes without a table.
+            the table comes without codes, or codes without a table; dropout is outside [0, 1);
+            on CUDA, q is wider than 128.
         RuntimeError: a gradient of the gradient is asked for.
 
     Source: bias design of this project (docs: one bias for every transformer); softmax with a
@@ -149,7 +172,33 @@ def biased_attention(
     if scale is not None:
         check_finite("scale", scale)
     scale = D**-0.5 if scale is None else scale
-    return _attention(q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale)[0]
+    if score_bound is not None:
+        check_shape("score_bound", score_bound, H)
+        check_dtype("score_bound", score_bound, torch.float32)
+        check_device("score_bound", score_bound, q.device)
+    if grid_rows < 1:
+        raise ValueError(f"grid_rows is {grid_rows}, wanted at least 1")
+    seed = _seed(dropout, dropout_seed, q.device)
+    return _attention(
+        q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale,
+        dropout, seed, score_bound, grid_rows,
+    )[0]  # fmt: skip
+
+
+def _seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, wanted at least 0 and less than 1")
+    if isinstance(seed, Tensor):
+        check_shape("dropout_seed", seed)
+        check_dtype("dropout_seed", seed, torch.int64)
+        check_device("dropout_seed", seed, device)
+    if dropout == 0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return reference.draw_seed(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _check_table(table: Tensor, q: Tensor) -> None:

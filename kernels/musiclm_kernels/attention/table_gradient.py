@@ -1,0 +1,513 @@
+"""The gradient of the bias table: a sum over pairs that read the same entry, without atomic floats.
+
+Codes on a grid of `grid_rows` rows (a line is a grid of one row) put tokens into slots, time-major;
+which of the batch's tokens stands in a slot, if any, differs from row to row. A block of slots is
+some whole columns, so all pairs of blocks that lie equally far apart read the same tile of the bias.
+A program owns one such distance: it holds that tile of the bias, walks over the batch and along the
+block diagonal, recomputes the gradient of the scores there and adds it up in registers. What is left
+is small: a tile for each distance, whose diagonals are added up in a fixed order.
+
+Tokens that stand in no slot (codes outside the grid, a second token with the same code) are found
+on the way. Pairs with one of them are added as 64-bit integers, of which the order does not matter.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from musiclm_kernels.attention.launch import Problem
+from musiclm_kernels.attention.tile import (
+    LOG2_E,
+    SCAN,
+    keeps,
+    key_words,
+    load_rows,
+    sees,
+    table_bias,
+)
+
+SCANNED = 64  # slots, and tokens, that are compared together
+DIFFERENCES = 64  # code differences, or table entries, of a program that adds up
+SPAN = 4  # slots for each token, at most; tokens beyond count as being outside the grid
+PROGRAMS = 1024  # to share the work of all distances among: some waves of any GPU
+
+
+def table_gradient(
+    problem: Problem,
+    grad_out: Tensor,
+    log_sums: Tensor,
+    deltas: Tensor,
+    words: Tensor,
+    rows: int,
+    grid_rows: int,
+) -> Tensor:
+    """[H, T] float32, the launcher.
+
+    Args:
+        grad_out: [B, H, N, D], packed.
+        log_sums, deltas: [B, H, rows] as the backward pass prepares them.
+        words: [B or 1, rows] words of the queries' codes.
+    """
+    B, H, N, M, T = problem.B, problem.H, problem.N, problem.M, problem.T
+    q, k, v, table, q_codes, k_codes, key_mask, seed = problem.tensors
+    assert q is not None and q_codes is not None and k_codes is not None
+    block = 32 if q.dtype == torch.float32 else 64
+    R = grid_rows if grid_rows <= block else 1
+    S = 2 * R - 1
+    columns = block // R  # of a block
+    width = max(triton.cdiv((T + 1) // 2, S), triton.cdiv(max(N, M), R))
+    width = min(width, SPAN * triton.cdiv(max(N, M), R))
+    num_blocks = triton.cdiv(width, columns)
+    slots = num_blocks * columns * R
+    # Longer walks where there is more to do than programs; each walk leaves one tile behind.
+    walk = triton.cdiv(B * num_blocks * num_blocks * H, PROGRAMS)
+    walks = triton.cdiv(B * num_blocks, walk)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    scans = triton.cdiv(slots, SCANNED)
+    token_of = {}
+    filled = {}
+    for name, codes in (("q", q_codes), ("k", k_codes)):
+        token_of[name] = empty(len(codes), slots, dtype=torch.int32)
+        filled[name] = empty(len(codes), scans, dtype=torch.int32)
+        _fill_slots[(scans, len(codes))](
+            codes, token_of[name], filled[name], codes.shape[1], slots, scans, R, SCANNED
+        )
+    tiles = empty(H, 2 * num_blocks - 1, walks, block, block)
+    constants = problem.constants
+    shared = {name: constants[name] for name in ("GROUP", "D", "BLOCK_D", "CAUSAL", "PRECISION")}
+    _walk_diagonals[(walks, 2 * num_blocks - 1, H)](
+        q, k, v, table, key_mask, seed, grad_out, log_sums, deltas, token_of["q"], token_of["k"],
+        tiles, B, rows, *problem.sizes, *problem.strides, slots, num_blocks, walk, walks,
+        0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, block, **shared,
+        num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2,
+    )  # fmt: skip
+
+    reach = num_blocks * columns * S  # differences of codes lie within +-(reach - 1)
+    sums = empty(H, 2 * reach - 1)
+    _add_diagonals[(triton.cdiv(2 * reach - 1, DIFFERENCES), H)](
+        tiles, sums, B, reach, num_blocks, walk, walks, R, block, DIFFERENCES
+    )
+
+    blocks_q, blocks_k = triton.cdiv(N, block), triton.cdiv(M, block)
+    peaks = empty(B * H * blocks_q)
+    strays = torch.zeros(H, T, dtype=torch.int64, device=q.device)
+    for adding in (False, True):
+        _add_strays[(B * H * blocks_q,)](
+            q, k, v, table, q_codes, k_codes, key_mask, seed, grad_out, log_sums, deltas,
+            words, token_of["q"], token_of["k"], filled["q"], filled["k"], peaks, strays,
+            B, rows, *problem.sizes, *problem.strides, slots, scans, blocks_q, blocks_k,
+            0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, block, adding,
+            **shared, num_warps=8, num_stages=1,
+        )  # fmt: skip
+    grad_table = empty(H, T)
+    _collect[(triton.cdiv(T, DIFFERENCES) + 2, H)](
+        sums,
+        strays,
+        peaks,
+        grad_table,
+        problem.sizes[0],
+        T,
+        reach,
+        len(peaks),
+        B,
+        N,
+        M,
+        DIFFERENCES,
+    )
+    return grad_table
+
+
+@triton.jit(do_not_specialize=["count", "slots", "scans"])
+def _fill_slots(
+    code_ptr,  # [rows, count]
+    token_ptr,  # [rows, slots]
+    filled_ptr,  # [rows, scans]
+    count,
+    slots,
+    scans,
+    R: tl.constexpr,
+    SCANNED: tl.constexpr,
+):
+    """The first token with each slot's code, or -1, and how many of the slots have one."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * SCANNED + tl.arange(0, SCANNED)
+    code = slot // R * (2 * R - 1) + slot % R
+    token = tl.arange(0, SCANNED)
+    found = tl.full([SCANNED], count, tl.int32)
+    for start in tl.range(0, count, SCANNED):
+        inside = start + token < count
+        other = tl.load(code_ptr + row * count + start + token, mask=inside, other=-1)
+        match = tl.where(other[None, :] == code[:, None], (start + token)[None, :], count)
+        found = tl.minimum(found, tl.min(match, 1))
+    has = (found < count) & (slot < slots)
+    tl.store(token_ptr + row * slots + slot, tl.where(has, found, -1), mask=slot < slots)
+    tl.store(filled_ptr + row * scans + tl.program_id(0), tl.sum(has.to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["B", "offset", "H", "N", "M", "T", "rate_31", "slots", "num_blocks"])
+def _walk_diagonals(
+    q_ptr,  # [B, H, N, D]
+    k_ptr,  # [B, Hkv, M, D]
+    v_ptr,  # [B, Hkv, M, D]
+    table_ptr,  # [H, T]
+    key_mask_ptr,  # [B, M] or None
+    seed_ptr,  # [] or None
+    grad_out_ptr,  # [B, H, N, D], packed
+    log_sum_ptr,  # [B, H, rows], packed
+    delta_ptr,  # [B, H, rows], packed
+    q_token_ptr,  # [B or 1, slots]
+    k_token_ptr,  # [B or 1, slots]
+    tile_ptr,  # [H, 2 * num_blocks - 1, walks, BLOCK, BLOCK]
+    B,
+    rows,
+    offset,
+    H,
+    N,
+    M,
+    T,
+    scale,
+    rate_31,
+    keep_scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_q_code,
+    stride_k_code,
+    slots,
+    num_blocks,
+    walk,
+    walks,
+    Q_BATCHED: tl.constexpr,
+    K_BATCHED: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of scores, added up over one part of a block diagonal and of the batch."""
+    COLUMNS: tl.constexpr = BLOCK // R
+    S: tl.constexpr = 2 * R - 1
+    distance = tl.program_id(1) - (num_blocks - 1)  # blocks of columns, query minus key
+    h = tl.program_id(2).to(tl.int64)
+    kv = h // GROUP
+    place = tl.arange(0, BLOCK)
+    code = place // R * S + place % R
+    used = place < COLUMNS * R
+    index = code[:, None] - code[None, :] + (distance * COLUMNS * S + offset)
+    index = tl.minimum(tl.maximum(index, 0), T - 1)
+    bias = tl.load(table_ptr + h * T + index) * LOG2_E
+    d = tl.arange(0, BLOCK_D)
+    inside_d = (d < D)[None, :]
+
+    length = num_blocks - tl.abs(distance)
+    first = tl.program_id(0) * walk
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for step in tl.range(first, tl.minimum(first + walk, B * length)):
+        b = (step // length).to(tl.int64)
+        block_q = step % length + tl.maximum(distance, 0)
+        q_slot = b * slots * Q_BATCHED + block_q * (COLUMNS * R) + place
+        k_slot = b * slots * K_BATCHED + (block_q - distance) * (COLUMNS * R) + place
+        row = tl.load(q_token_ptr + q_slot, mask=used, other=-1)
+        column = tl.load(k_token_ptr + k_slot, mask=used, other=-1)
+        there_q, there_k = row >= 0, column >= 0
+        batch_head = b * H + h
+        at_q = (b * stride_qb + h * stride_qh + row.to(tl.int64) * stride_qn)[:, None] + d[None, :]
+        at_k = (b * stride_kb + kv * stride_kh + column.to(tl.int64) * stride_kn)[:, None] + d[
+            None, :
+        ]
+        at_v = (b * stride_vb + kv * stride_vh + column.to(tl.int64) * stride_vn)[:, None] + d[
+            None, :
+        ]
+        at_out = ((batch_head * N + row) * D)[:, None] + d[None, :]
+        q = tl.load(q_ptr + at_q, mask=there_q[:, None] & inside_d, other=0.0)
+        k = tl.load(k_ptr + at_k, mask=there_k[:, None] & inside_d, other=0.0)
+        v = tl.load(v_ptr + at_v, mask=there_k[:, None] & inside_d, other=0.0)
+        grad_out = tl.load(grad_out_ptr + at_out, mask=there_q[:, None] & inside_d, other=0.0)
+        at_row = batch_head * rows + row
+        log_sum = tl.load(log_sum_ptr + at_row, mask=there_q, other=float("inf"))
+        delta = tl.load(delta_ptr + at_row, mask=there_q, other=0.0)
+        visible = there_k
+        if key_mask_ptr is not None:
+            visible = tl.load(key_mask_ptr + b * M + column, mask=there_k, other=0) != 0
+        visible = tl.broadcast_to(visible[None, :], [BLOCK, BLOCK])
+        if CAUSAL:
+            visible = visible & (column[None, :] <= row[:, None] + (M - N))
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E) + bias
+        weights = tl.exp2(tl.where(visible, scores, float("-inf")) - log_sum[:, None])
+        grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        if seed_ptr is not None:
+            kept = keeps(seed_ptr, rate_31, row[:, None], column[None, :], batch_head)
+            grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
+        total += weights * (grad_weights - delta[:, None])
+    # A walk past the end of a short diagonal leaves nothing, and is not read.
+    if first < B * length:
+        tile = (h * (2 * num_blocks - 1) + tl.program_id(1)) * walks + tl.program_id(0)
+        local = place[:, None] * BLOCK + place[None, :]
+        tl.store(tile_ptr + tile * BLOCK * BLOCK + local, total)
+
+
+@triton.jit(do_not_specialize=["B", "reach", "num_blocks", "walk", "walks"])
+def _add_diagonals(
+    tile_ptr,  # [H, 2 * num_blocks - 1, walks, BLOCK, BLOCK]
+    sum_ptr,  # [H, 2 * reach - 1]
+    B,
+    reach,
+    num_blocks,
+    walk,
+    walks,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+):
+    """For each difference of codes, the sum of the tiles' entries that have it."""
+    COLUMNS: tl.constexpr = BLOCK // R
+    S: tl.constexpr = 2 * R - 1
+    h = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0) * DIFFERENCES + tl.arange(0, DIFFERENCES)
+    # reach is a multiple of S, so the shift to positive numbers keeps the remainder
+    shifted = number + 1 + (R - 1)  # difference + reach + R - 1
+    down = shifted % S - (R - 1)  # rows, query minus key
+    across = shifted // S - reach // S  # columns
+    total = tl.zeros([DIFFERENCES], tl.float32)
+    for place in tl.range(0, COLUMNS * R):
+        x, y = place // R, place % R
+        # the one distance of blocks at which a key `across` columns back lies in a block
+        distance = (across - x + (COLUMNS - 1) + reach) // COLUMNS - reach // COLUMNS
+        x_key = x + distance * COLUMNS - across
+        y_key = y - down
+        exists = (number < 2 * reach - 1) & (y_key >= 0) & (y_key < R)
+        exists &= tl.abs(distance) < num_blocks
+        walked = tl.cdiv(B * (num_blocks - tl.abs(distance)), walk)
+        tile = (h * (2 * num_blocks - 1) + distance + num_blocks - 1) * walks
+        at = place * BLOCK + x_key * R + y_key
+        for w in tl.range(0, walks):
+            where = tile_ptr + (tile + w) * BLOCK * BLOCK + at
+            total += tl.load(where, mask=exists & (w < walked), other=0.0)
+    tl.store(sum_ptr + h * (2 * reach - 1) + number, total, mask=number < 2 * reach - 1)
+
+
+@triton.jit
+def _slot(code, slots, R: tl.constexpr):
+    """The slot of each code, or -1 where it lies outside the grid."""
+    S: tl.constexpr = 2 * R - 1
+    slot = code // S * R + code % S
+    return tl.where((code >= 0) & (code % S < R) & (slot < slots), slot, -1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "B",
+        "offset",
+        "H",
+        "N",
+        "M",
+        "T",
+        "rate_31",
+        "slots",
+        "scans",
+        "blocks_q",
+        "blocks_k",
+    ]
+)
+def _add_strays(
+    q_ptr,  # [B, H, N, D]
+    k_ptr,  # [B, Hkv, M, D]
+    v_ptr,  # [B, Hkv, M, D]
+    table_ptr,  # [H, T]
+    q_code_ptr,  # [B or 1, N]
+    k_code_ptr,  # [B or 1, M]
+    key_mask_ptr,  # [B, M] or None
+    seed_ptr,  # [] or None
+    grad_out_ptr,  # [B, H, N, D], packed
+    log_sum_ptr,  # [B, H, rows], packed
+    delta_ptr,  # [B, H, rows], packed
+    q_word_ptr,  # [B or 1, rows]
+    q_token_ptr,  # [B or 1, slots]
+    k_token_ptr,  # [B or 1, slots]
+    q_filled_ptr,  # [B or 1, scans]
+    k_filled_ptr,  # [B or 1, scans]
+    peak_ptr,  # [programs]
+    stray_ptr,  # [H, T] int64
+    B,
+    rows,
+    offset,
+    H,
+    N,
+    M,
+    T,
+    scale,
+    rate_31,
+    keep_scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_q_code,
+    stride_k_code,
+    slots,
+    scans,
+    blocks_q,
+    blocks_k,
+    Q_BATCHED: tl.constexpr,
+    K_BATCHED: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADDING: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Pairs with a token that stands in no slot. First the largest gradient among them, which
+    fixes the size of the integers' unit; then, ADDING, their sums."""
+    program = tl.program_id(0)
+    batch_head = (program // blocks_q).to(tl.int64)
+    b = batch_head // H
+    h = batch_head % H
+    count = tl.arange(0, 1)
+    placed_q = count * 0
+    placed_k = count * 0
+    for scan in tl.range(0, scans):
+        placed_q += tl.load(q_filled_ptr + b * Q_BATCHED * scans + scan + count)
+        placed_k += tl.load(k_filled_ptr + b * K_BATCHED * scans + scan + count)
+    none = (tl.sum(placed_q) == N) & (tl.sum(placed_k) == M)
+    peak = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if not none:
+        start = program % blocks_q * BLOCK
+        row = start + tl.arange(0, BLOCK)
+        first = batch_head * N + start
+        q_ptr += b * stride_qb + h * stride_qh + tl.cast(start, tl.int64) * stride_qn
+        q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK, BLOCK_D, True)
+        grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, BLOCK, BLOCK_D, True)
+        log_sum = tl.load(log_sum_ptr + batch_head * rows + row)
+        delta = tl.load(delta_ptr + batch_head * rows + row)
+        word_q = tl.load(q_word_ptr + b * Q_BATCHED * rows + row)
+        code = tl.load(q_code_ptr + b * stride_q_code + tl.minimum(row, N - 1))
+        slot = _slot(code, slots, R)
+        token = tl.load(q_token_ptr + b * Q_BATCHED * slots + slot, mask=slot >= 0, other=-1)
+        stray_q = token != row
+        k_ptr += b * stride_kb + h // GROUP * stride_kh
+        v_ptr += b * stride_vb + h // GROUP * stride_vh
+        if key_mask_ptr is not None:
+            key_mask_ptr += b * M
+        unit = 0.0
+        if ADDING:
+            unit = _units(peak_ptr, tl.num_programs(0), B, N, M)
+        for block in tl.range(0, blocks_k):
+            start_k = block * BLOCK
+            column = start_k + tl.arange(0, BLOCK)
+            code = tl.load(k_code_ptr + b * stride_k_code + tl.minimum(column, M - 1))
+            slot = _slot(code, slots, R)
+            token = tl.load(k_token_ptr + b * K_BATCHED * slots + slot, mask=slot >= 0, other=-1)
+            stray = stray_q[:, None] | (token != column)[None, :]
+            stray &= (row < N)[:, None] & (column < M)[None, :]
+            if tl.max(stray.to(tl.int32)) > 0:
+                here = tl.cast(start_k, tl.int64)
+                k = load_rows(
+                    k_ptr + here * stride_kn, stride_kn, M - start_k, D, BLOCK, BLOCK_D, True
+                )
+                v = load_rows(
+                    v_ptr + here * stride_vn, stride_vn, M - start_k, D, BLOCK, BLOCK_D, True
+                )
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+                word = key_words(code)[None, :]
+                scores += table_bias(table_ptr + h * T, word_q[:, None], word, T, True, False)
+                visible = sees(row[:, None], column[None, :], N, M, key_mask_ptr, CAUSAL)
+                weights = tl.exp2(tl.where(visible, scores, float("-inf")) - log_sum[:, None])
+                grad = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+                if seed_ptr is not None:
+                    kept = keeps(seed_ptr, rate_31, row[:, None], column[None, :], batch_head)
+                    grad = tl.where(kept, grad * keep_scale, 0.0)
+                grad = tl.where(stray, weights * (grad - delta[:, None]), 0.0)
+                if ADDING:
+                    # Most strays are far from everything: the ends are summed here first.
+                    whole = (grad * unit).to(tl.int64)
+                    index = tl.maximum(word_q[:, None], word) - word
+                    index = tl.minimum(index, tl.cast(T - 1, tl.uint32)).to(tl.int32)
+                    low, high = index == 0, index == T - 1
+                    sums = stray_ptr + h * T
+                    tl.atomic_add(sums, tl.sum(tl.where(low, whole, 0)), sem="relaxed")
+                    tl.atomic_add(
+                        sums + T - 1, tl.sum(tl.where(high & ~low, whole, 0)), sem="relaxed"
+                    )
+                    inside = stray & ~low & ~high
+                    tl.atomic_add(sums + index, whole, mask=inside, sem="relaxed")
+                else:
+                    peak = tl.maximum(peak, tl.abs(grad))
+    if not ADDING:
+        tl.store(peak_ptr + program, tl.max(peak))
+
+
+@triton.jit
+def _units(peak_ptr, count, B, N, M):
+    """Units of the integers in one: the power of two at which a head's pairs cannot overflow."""
+    peak = tl.zeros([SCAN], tl.float32)
+    for start in tl.range(0, count, SCAN):
+        at = start + tl.arange(0, SCAN)
+        peak = tl.maximum(peak, tl.load(peak_ptr + at, mask=at < count, other=0.0))
+    pairs = tl.cast(B, tl.float32) * tl.cast(N, tl.float32) * tl.cast(M, tl.float32)
+    most = tl.maximum(tl.max(peak) * pairs, 1e-30)
+    return tl.exp2(60.0 - tl.ceil(tl.log2(most)))
+
+
+@triton.jit(do_not_specialize=["offset", "T", "reach", "num_peaks", "B", "N", "M"])
+def _collect(
+    sum_ptr,  # [H, 2 * reach - 1]
+    stray_ptr,  # [H, T] int64
+    peak_ptr,  # [num_peaks]
+    grad_ptr,  # [H, T]
+    offset,
+    T,
+    reach,
+    num_peaks,
+    B,
+    N,
+    M,
+    DIFFERENCES: tl.constexpr,
+):
+    """From differences of codes to entries of the table, of which the first and the last also take
+    all that lies beyond; those two have a program each."""
+    h = tl.program_id(1).to(tl.int64)
+    sums = sum_ptr + h * (2 * reach - 1) + (reach - 1)  # at difference 0
+    units = _units(peak_ptr, num_peaks, B, N, M)
+    block = tl.program_id(0) - 2
+    step = tl.arange(0, DIFFERENCES)
+    if block >= 0:
+        entry = block * DIFFERENCES + step
+        difference = entry - offset
+        inner = (entry > 0) & (entry < T - 1)
+        total = tl.load(sums + difference, mask=inner & (tl.abs(difference) < reach), other=0.0)
+        strays = tl.load(stray_ptr + h * T + entry, mask=inner, other=0)
+        tl.store(grad_ptr + h * T + entry, total + strays.to(tl.float32) / units, mask=inner)
+    else:
+        last = block == -1
+        # With one entry, the first takes everything.
+        begin = tl.where(last, T - 1 - offset, 1 - reach)
+        end = tl.where(last | (T == 1), reach, 1 - offset)
+        begin, end = tl.maximum(begin, 1 - reach), tl.minimum(end, reach)
+        beyond = tl.zeros([DIFFERENCES], tl.float32)
+        for start in tl.range(begin, end, DIFFERENCES):
+            beyond += tl.load(sums + start + step, mask=start + step < end, other=0.0)
+        at = h * T + tl.where(last, T - 1, 0)
+        if (T > 1) | (block == -2):
+            stray = tl.load(stray_ptr + at).to(tl.float32) / units
+            tl.store(grad_ptr + at, tl.sum(beyond) + stray)
