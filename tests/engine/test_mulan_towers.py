@@ -1,16 +1,10 @@
 import pytest
 import torch
 
-from musiclm_engine import mulan
+from musiclm_engine.attention import DynamicPositionBias2d, cosine
 from musiclm_engine.mulan import AudioSpectrogramTransformer, TextTransformer
 from musiclm_engine.mulan import audio_tower as audio_tower_module
-from musiclm_engine.mulan.patch_position import (
-    grid_offset,
-    patch_codes,
-    position_bias_mlp,
-    position_bias_table,
-    sincos_positions,
-)
+from musiclm_engine.mulan.patch_position import sincos_positions
 from musiclm_engine.mulan.spec_augment import mask_spans
 
 SECOND = 16000
@@ -96,50 +90,50 @@ def test_a_short_row_keeps_a_patch_of_its_own_audio():
     assert all(torch.isfinite(p.grad).all() for p in tower.parameters())
 
 
-def test_kept_patches_carry_their_own_codes_and_mask():
+def test_kept_patches_carry_their_own_indices_and_mask():
     x = torch.arange(40.0).view(1, 40, 1).repeat(16, 1, 1)
     mask = torch.arange(40) < torch.tensor([4] * 15 + [40])[:, None]
-    kept, codes, kept_mask = audio_tower_module._drop(x, torch.arange(40)[None], mask, 4, seed=0)
-    assert torch.equal(kept[..., 0].long(), codes)
-    assert torch.equal(kept_mask, mask.gather(1, codes))
+    kept, indices, kept_mask = audio_tower_module._drop(x, mask, 4, seed=0)
+    assert torch.equal(kept[..., 0].long(), indices)
+    assert torch.equal(kept_mask, mask.gather(1, indices))
     assert kept_mask.any(dim=1).all() and (kept_mask.sum(dim=1) == 1).any()
 
 
 def test_the_bias_is_one_small_table_whose_gradient_reaches_the_mlp(monkeypatch):
     tables = []
-    original = mulan.transformer.biased_attention
+    original = cosine.biased_attention
 
     def recording(*args, table, **kwargs):
         tables.append(table)
         return original(*args, table=table, **kwargs)
 
-    monkeypatch.setattr(mulan.transformer, "biased_attention", recording)
+    monkeypatch.setattr(cosine, "biased_attention", recording)
     tower = audio_tower()
     tower(noise(2, SECOND)).square().sum().backward()
     assert len(tables) == 2 and tables[0] is tables[1]
     assert tables[0].shape == (2, (2 * 7 - 1) * (2 * 4 - 1)) and tables[0].dtype == torch.float32
     for parameter in tower.dynamic_pos_bias_mlp.parameters():
         assert parameter.grad is not None
-    assert all(layer.weight.grad.abs().sum() > 0 for layer in tower.dynamic_pos_bias_mlp[::2])
+    for name in ("0", "2", "4"):
+        layer = tower.dynamic_pos_bias_mlp.get_submodule(name)
+        assert layer.weight.grad.abs().sum() > 0
 
 
 def test_the_table_holds_the_mlp_of_every_pair_of_patches():
     torch.manual_seed(0)
     num_columns, num_rows = 5, 3
-    mlp = position_bias_mlp(8, heads=2)
-    codes = patch_codes(num_columns, num_rows)
-    index = codes[:, None] - codes + grid_offset(num_columns, num_rows)
-    bias = position_bias_table(mlp, num_columns, num_rows)[:, index]  # [H, N, N]
+    mlp = DynamicPositionBias2d(8, heads=2)
+    bias = mlp.position_bias(num_columns, num_rows).dense()[0]  # [H, N, N]
     x = torch.arange(num_columns).repeat_interleave(num_rows)
     y = torch.arange(num_rows).repeat(num_columns)
     pairs = torch.stack((y[:, None] - y, x[:, None] - x), dim=-1).float()
-    torch.testing.assert_close(bias, mlp(pairs).permute(2, 0, 1))
+    torch.testing.assert_close(bias, mlp(pairs))
 
 
 def test_a_longer_grid_keeps_the_bias_of_the_offsets_it_shares():
     torch.manual_seed(0)
-    mlp = position_bias_mlp(8, heads=2)
-    short, long = (position_bias_table(mlp, columns, 4).view(2, -1, 7) for columns in (3, 9))
+    mlp = DynamicPositionBias2d(8, heads=2)
+    short, long = (mlp.position_bias(columns, 4).table.view(2, -1, 7) for columns in (3, 9))
     torch.testing.assert_close(long[:, 6:-6], short)
 
 

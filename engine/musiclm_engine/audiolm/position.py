@@ -1,9 +1,9 @@
 """Where a token stands: its moment and its level, and the attention bias between two of them."""
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from musiclm_engine.attention import t5_bucket
 
 OUTSIDE_TIME = -(1 << 24)  # the key code of a token that has no moment: every query is far past it
 
@@ -50,7 +50,7 @@ class TimeLevelBias(nn.Module):
         difference = torch.arange(-self.offset, self.offset + 1)
         level = (difference + num_levels - 1) % (2 * num_levels - 1)  # shifted to start at 0
         frames = (difference - (level - num_levels + 1)) // (2 * num_levels - 1)
-        bucket = _t5_bucket(frames, num_buckets, max_distance)
+        bucket = t5_bucket(frames, num_buckets=num_buckets, max_distance=max_distance)
         self.register_buffer("bucket", bucket, persistent=False)
         self.register_buffer("level_difference", level, persistent=False)
 
@@ -62,13 +62,3 @@ class TimeLevelBias(nn.Module):
         """[H, 2 * offset + 2] float32."""
         timed = self.relative_attention_bias[:, self.bucket, self.level_difference]
         return torch.cat([timed, self.outside_bias], dim=1).float()
-
-
-def _t5_bucket(frames: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """T5's bidirectional buckets: half for each sign, half of those exact, the rest logarithmic."""
-    per_sign = num_buckets // 2
-    exact = per_sign // 2
-    distance = frames.abs()
-    ratio = (distance.clamp_min(1) / exact).log() / math.log(max_distance / exact)
-    logarithmic = (exact + (ratio * (per_sign - exact)).long()).clamp_max(per_sign - 1)
-    return torch.where(distance < exact, distance, logarithmic) + per_sign * (frames < 0)

@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from musiclm_engine.attention import DynamicPositionBias2d
+from musiclm_engine.attention.layer_norm import LayerNorm
 from musiclm_engine.audio import LogMel
 from musiclm_engine.mulan.lengths import checked_lengths
-from musiclm_engine.mulan.patch_position import (
-    grid_offset,
-    patch_codes,
-    position_bias_mlp,
-    position_bias_table,
-    sincos_positions,
-)
+from musiclm_engine.mulan.patch_position import sincos_positions
 from musiclm_engine.mulan.spec_augment import mask_spans
-from musiclm_engine.mulan.transformer import LayerNorm, Transformer
+from musiclm_engine.mulan.transformer import Transformer
 from musiclm_kernels import drop_patches
 
 
@@ -34,7 +30,7 @@ class AudioSpectrogramTransformer(nn.Module):
         depth: number of blocks.
         patch_size: side of a patch, in mel bins and in frames; must divide `num_mels`.
         dim_head, heads: of the attention.
-        attn_dropout: dropout after the attention's output projection.
+        attn_dropout: dropout of the attention's probabilities, and again of its output.
         ff_mult, ff_dropout: of the feed-forward.
         sample_rate_hz, num_mels, hop_ms, window_ms: of the log-mel front end (`LogMel`).
         patch_dropout_prob: share of patches dropped in training, in [0, 1).
@@ -114,7 +110,7 @@ class AudioSpectrogramTransformer(nn.Module):
             nn.Linear(patch_size**2, dim),
             nn.LayerNorm(dim),
         )
-        self.dynamic_pos_bias_mlp = position_bias_mlp(max(8, dim // 4), heads)
+        self.dynamic_pos_bias_mlp = DynamicPositionBias2d(max(8, dim // 4), heads)
         self.transformer = Transformer(
             dim,
             depth,
@@ -178,22 +174,17 @@ class AudioSpectrogramTransformer(nn.Module):
             spectrogram = self._augment(spectrogram, lengths)
         x = self.to_patch_tokens(spectrogram.to(self.to_patch_tokens[2].weight.dtype))
         x = x + sincos_positions(num_columns, self.num_rows, self.dim, x.device).to(x.dtype)
-        codes = patch_codes(num_columns, self.num_rows, x.device)[None]  # [1, N]
+        position_bias = self.dynamic_pos_bias_mlp.position_bias(num_columns, self.num_rows)
         mask = None if lengths is None else self._patch_mask(lengths, num_columns)
 
         keep = max(1, round(x.shape[1] * (1 - self.patch_dropout_prob)))
         if self.training and keep < x.shape[1]:
             if patch_dropout_seed is None:
                 patch_dropout_seed = int(torch.randint(2**31 - 1, ()))
-            x, codes, mask = _drop(x, codes, mask, keep, patch_dropout_seed)
+            x, indices, mask = _drop(x, mask, keep, patch_dropout_seed)
+            position_bias = position_bias.kept(indices)
 
-        x = self.transformer(
-            x,
-            table=position_bias_table(self.dynamic_pos_bias_mlp, num_columns, self.num_rows),
-            codes=codes,
-            offset=grid_offset(num_columns, self.num_rows),
-            key_mask=mask,
-        )
+        x = self.transformer(x, position_bias=position_bias, key_mask=mask)
         return self.norm(_mean(x, mask))
 
     def _augment(self, spectrogram: Tensor, lengths: Tensor | None) -> Tensor:
@@ -212,8 +203,9 @@ class AudioSpectrogramTransformer(nn.Module):
 
 
 def _drop(
-    x: Tensor, codes: Tensor, mask: Tensor | None, keep: int, seed: int
+    x: Tensor, mask: Tensor | None, keep: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The patches that stay [B, keep, D], their indices [B, keep] and their mask."""
     kept, indices = drop_patches(x, keep, seed=seed)
     if mask is not None:
         # A short row may lose all its audio: it then keeps its first patch, which always has some.
@@ -222,7 +214,7 @@ def _drop(
         kept = torch.cat((first[:, None], kept[:, 1:]), dim=1)
         indices = torch.cat((indices[:, :1].masked_fill(silent[:, None], 0), indices[:, 1:]), dim=1)
         mask = mask.gather(1, indices)
-    return kept, codes[0][indices], mask
+    return kept, indices, mask
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musiclm_engine.mulan.transformer import LayerNorm, Transformer
+from musiclm_engine.attention.layer_norm import LayerNorm
+from musiclm_engine.mulan.transformer import Transformer
 
 
 class TextTransformer(nn.Module):
@@ -18,7 +19,7 @@ class TextTransformer(nn.Module):
         num_tokens: V, size of the vocabulary, padding included.
         max_seq_len: longest caption in tokens.
         dim_head, heads: of the attention.
-        attn_dropout: dropout after the attention's output projection.
+        attn_dropout: dropout of the attention's probabilities, and again of its output.
         ff_mult, ff_dropout: of the feed-forward.
         pad_id: the token that is not attended to; stands for nothing else.
 

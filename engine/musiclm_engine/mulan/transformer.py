@@ -1,23 +1,10 @@
 """The transformer block that both MuLaN towers share."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musiclm_kernels import biased_attention
-
-QK_SCALE = 8.0  # of normalised queries and keys: cosine logits within [-8, 8] at the start
-
-
-class LayerNorm(nn.Module):
-    """Layer norm with a gain and no bias."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.learned_gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.learned_gamma)
+from musiclm_engine.attention import CosineAttention, PositionBias
+from musiclm_engine.attention.layer_norm import LayerNorm
 
 
 class GEGLU(nn.Module):
@@ -40,54 +27,6 @@ def feed_forward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequenti
     )
 
 
-class Attention(nn.Module):
-    """Pre-norm self-attention with l2-normalised queries and keys and learned scales.
-
-    `dropout` acts on the output: attention is one operation that keeps its probabilities to itself.
-    """
-
-    def __init__(self, dim: int, *, dim_head: int = 64, heads: int = 8, dropout: float = 0.0):
-        super().__init__()
-        self.heads = heads
-        self.norm = LayerNorm(dim)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, heads * dim_head * 2, bias=False)
-        self.q_scale = nn.Parameter(torch.ones(dim_head))
-        self.k_scale = nn.Parameter(torch.ones(dim_head))
-        self.to_out = nn.Sequential(
-            nn.Linear(heads * dim_head, dim, bias=False), nn.Dropout(dropout)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        table: Tensor | None = None,
-        codes: Tensor | None = None,
-        offset: int = 0,
-        key_mask: Tensor | None = None,
-    ) -> Tensor:
-        x = self.norm(x)
-        key, value = self.to_kv(x).chunk(2, dim=-1)
-        query, key, value = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), key, value)
-        )  # [B, H, N, dim_head]
-        query = F.normalize(query, dim=-1) * self.q_scale
-        key = F.normalize(key, dim=-1) * self.k_scale
-        out = biased_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            table=table,
-            q_codes=codes,
-            k_codes=codes,
-            offset=offset,
-            key_mask=key_mask,
-            scale=QK_SCALE,
-        )
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-
 class Transformer(nn.Module):
     """`depth` pre-norm blocks without a final norm; one bias table serves every layer."""
 
@@ -106,7 +45,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    Attention(dim, dim_head=dim_head, heads=heads, dropout=attn_dropout),
+                    CosineAttention(dim, dim_head=dim_head, heads=heads, dropout=attn_dropout),
                     feed_forward(dim, ff_mult, ff_dropout),
                 ]
             )
@@ -117,14 +56,12 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         *,
-        table: Tensor | None = None,
-        codes: Tensor | None = None,
-        offset: int = 0,
+        position_bias: PositionBias | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, D) -> (B, N, D); the rest as in `musiclm_kernels.biased_attention`."""
+        """x [B, N, D] -> [B, N, D]; key_mask: [B, N] bool, True where a token may be attended."""
         for block in self.layers:
             attention, feed_forward = block.children()
-            x = x + attention(x, table=table, codes=codes, offset=offset, key_mask=key_mask)
+            x = x + attention(x, position_bias, key_mask)
             x = x + feed_forward(x)
         return x
