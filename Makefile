@@ -12,7 +12,7 @@ MUSICLM := $(BIN)/musiclm
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test train-tiny eval clean
+.PHONY: help demo test bench budgets train-tiny eval clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,12 @@ test: $(VENV)/test.stamp  ## Lint, formatting, types, tests: what CI runs.
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/bench.stamp  ## Every operation beside its peers: what this machine can run.
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
+
+budgets: $(VENV)/test.stamp  ## What the kernels compile to, beside the committed budget. No GPU needed.
+	$(BIN)/python -m benchmarks.offline
 
 # Cut short, the same command goes on where it was.
 train-tiny: $(CORPUS)/manifest.jsonl $(VENV)/train.stamp  ## Train the bundled model anew (hours).
@@ -67,9 +73,16 @@ $(VENV)/judges.stamp: $(VENV)/eval.stamp
 	$(INSTALL) --no-deps basic-pitch musicnn
 	@touch $@
 
+# --no-deps: see benchmarks/peers.py.
+$(VENV)/bench.stamp: $(SOURCES) | $(BIN)/pip
+	@echo "Installing into $(VENV): some minutes the first time."
+	$(INSTALL) -e ".[dev,bench]"
+	$(INSTALL) --no-deps musiclm-pytorch beartype
+	@touch $@
+
 # All of it, so that no test is skipped for want of a package.
 $(VENV)/test.stamp: $(SOURCES) | $(BIN)/pip
 	@echo "Installing into $(VENV): some minutes the first time."
-	$(INSTALL) -e ".[dev,train,data,eval,plot]"
+	$(INSTALL) -e ".[dev,train,data,eval,plot,bench]"
 	$(INSTALL) --no-deps tinysoundfont basic-pitch musicnn
 	@touch $@

@@ -10,6 +10,18 @@ from benchmarks.offline.cubin import Figures
 
 COMMITTED = Path(__file__).with_name("budgets.json")
 
+# What a kernel without it does not list.
+_NOTHING: dict[str, Any] = {
+    "shared_bytes": 0,
+    "spill_bytes": 0,
+    "loop_instructions": [],
+    "loop_opcodes": [],
+    "tensor_cores": {},
+    "scalar_dots": 0,
+    "float_atomics": 0,
+    "async_gathers": 0,
+}
+
 Budget = dict[str, dict[str, dict[str, Figures]]]
 """Of one Triton version: arch, variant, kernel."""
 
@@ -18,17 +30,18 @@ def load(path: Path, version: str) -> Budget | None:
     """The budget of one Triton version, or None if the file has none.
 
     Raises:
-        ValueError: it lists other figures than `Figures` does now.
+        ValueError: it lists other figures than `Figures` has now.
     """
     written = _load_all(path).get(version)
     if written is None:
         return None
-    listed = {frozenset(f) for v in written.values() for ks in v.values() for f in ks.values()}
-    if not listed <= {frozenset(field.name for field in dataclasses.fields(Figures))}:
+    names = {field.name for field in dataclasses.fields(Figures)}
+    listed = [figures for v in written.values() for ks in v.values() for figures in ks.values()]
+    if any((_NOTHING | figures).keys() != names for figures in listed):
         raise ValueError(f"{path}: Triton {version} has figures of another kind: delete and update")
     return {
         arch: {
-            name: {kernel: Figures(**figures) for kernel, figures in kernels.items()}
+            name: {kernel: Figures(**(_NOTHING | figures)) for kernel, figures in kernels.items()}
             for name, kernels in variants.items()
         }
         for arch, variants in written.items()
@@ -45,12 +58,12 @@ def save(path: Path, version: str, budget: Budget) -> None:
     written = _load_all(path)
     written[version] = {
         arch: {
-            name: {kernel: dataclasses.asdict(figures) for kernel, figures in kernels.items()}
+            name: {kernel: _without_zeros(figures) for kernel, figures in kernels.items()}
             for name, kernels in variants.items()
         }
         for arch, variants in budget.items()
     }
-    path.write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+    path.write_text(_dump(written, depth=4) + "\n")
 
 
 def updated(
@@ -66,6 +79,18 @@ def updated(
     for name, arch, kernels in measured:
         result.setdefault(str(arch), {})[name] = kernels
     return result
+
+
+def _without_zeros(figures: Figures) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(figures).items() if value}
+
+
+def _dump(value: Any, depth: int) -> str:
+    """JSON with a line for each kernel, so that a diff shows which ones changed."""
+    if depth == 0 or not value:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    lines = (f"{json.dumps(name)}: {_dump(value[name], depth - 1)}" for name in sorted(value))
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def _load_all(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.
 _FLOAT_ATOMIC = re.compile(
     r"\b(?:atom|red)\.\S*\.b?f(?:16|16x2|32|64)\b|\bcp\.reduce\.async\.bulk\b", re.ASCII
 )
+_ASYNC_GATHER = re.compile(r"async_copy_global_to_local .*: tensor<\d+x\d+x!tt\.ptr<f32>")
 _SCALAR_DOT = re.compile(r"\btt\.dot .*parent = #blocked")
 
 
@@ -52,6 +53,8 @@ class Figures:
         tensor_cores: tensor-core opcodes of the whole kernel.
         scalar_dots: `tl.dot` that became scalar arithmetic.
         float_atomics: floating-point atomics in the PTX, bulk reductions among them.
+        async_gathers: `cp.async` of two-dimensional tiles of fp32, in a kernel of narrower inputs
+            entries of a table that are fetched one by one.
     """
 
     registers: int
@@ -64,6 +67,7 @@ class Figures:
     tensor_cores: dict[str, int]
     scalar_dots: int
     float_atomics: int
+    async_gathers: int
 
 
 def read(kernel: CompiledKernel, arch: int) -> Figures:
@@ -72,7 +76,7 @@ def read(kernel: CompiledKernel, arch: int) -> Figures:
     resources = re.search(_RESOURCES.format(re.escape(kernel.metadata.name)), listing)
     assert resources, "cuobjdump lists no resources of the kernel"
     registers, stack, static_shared, local = map(int, resources.groups())
-    if arch >= 90:  # where the listing has the system's part in it
+    if arch >= 90 and static_shared:  # where the listing has the system's part in it
         static_shared -= SYSTEM_SHARED_BYTES
     shared = static_shared + kernel.metadata.shared
     functions = [parse(text) for text in listing.split("Function : ")[1:]]
@@ -95,6 +99,7 @@ def read(kernel: CompiledKernel, arch: int) -> Figures:
         tensor_cores=_count(code, TENSOR_CORE_OPCODES),
         scalar_dots=len(_SCALAR_DOT.findall(kernel.asm["ttgir"])),
         float_atomics=len(_FLOAT_ATOMIC.findall(kernel.asm["ptx"])),
+        async_gathers=len(_ASYNC_GATHER.findall(kernel.asm["ttgir"])),
     )
 
 

@@ -43,6 +43,8 @@ def broken_promises(promises: Promises, arch: int, figures: Figures) -> list[str
         found.append(f"cannot be launched: a CTA takes more than a multiprocessor of sm_{arch} has")
     if promises.no_float_atomics and figures.float_atomics:
         found.append(f"has {figures.float_atomics} floating-point atomics, promises none")
+    if promises.no_async_gathers and figures.async_gathers:
+        found.append(f"has {figures.async_gathers} cp.async of a table's entries, promises none")
     opcode = (promises.tensor_cores or {}).get(arch)
     if opcode is not None:
         others = sorted(figures.tensor_cores.keys() & (TENSOR_CORE_OPCODES - {opcode}))

@@ -20,11 +20,14 @@ class Promises:
             tensor-core opcode and no scalar arithmetic in its place, and one kernel at least has it.
             Nothing is promised for an architecture that is not named.
         no_float_atomics: no sum depends on the order in which programs finish.
+        no_async_gathers: no table of fp32 is staged through shared memory entry by entry (for
+            kernels whose other inputs are narrower).
         max_spill_bytes: local memory a thread may use.
     """
 
     tensor_cores: Mapping[int, str] | None = None
     no_float_atomics: bool = False
+    no_async_gathers: bool = False
     max_spill_bytes: int = 0
 
 

@@ -15,6 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
+
 from benchmarks.offline import budgets, record
 from benchmarks.offline.cubin import Figures, main_loops, parse
 from benchmarks.offline.gates import LOOP_SLACK, violations
@@ -52,7 +53,7 @@ def launch(dtype=torch.bfloat16, size=512, *, BM=64, BN=64, offset=0, **keywords
     product[grid](a[offset:], b, c, size, size, BM=BM, BN=BN, BK=32, num_warps=4, **keywords)
 
 
-FAST = Promises(tensor_cores=ASYNCHRONOUS_DOTS, no_float_atomics=True)
+FAST = Promises(tensor_cores=ASYNCHRONOUS_DOTS, no_float_atomics=True, no_async_gathers=True)
 GOOD = [Variant("good", launch, FAST)]
 BAD = [
     Variant("atomic", lambda: launch(SPLIT=True), FAST, archs=(90,)),
@@ -196,7 +197,7 @@ def test_a_budget_of_other_figures_is_refused(tmp_path):
         budgets.load(path, "0.1")
 
 
-FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0, 0)
+FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,7 @@ FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0
         ({"tensor_cores": {"HGMMA": 8, "HMMA": 1}}, "multiplies with HMMA"),
         ({"scalar_dots": 1}, "1 scalar dots"),
         ({"float_atomics": 1}, "1 floating-point atomics"),
+        ({"async_gathers": 2}, "2 cp.async of a table's entries"),
     ],
 )
 def test_gates(change, reason):

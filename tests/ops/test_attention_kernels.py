@@ -28,7 +28,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles each way from a few tokens: full ones, masked ones and a rest."""
-    monkeypatch.setattr(forward, "forward_config", lambda _: Config(16, 16, 4, 1))
+    monkeypatch.setattr(forward, "forward_config", lambda *_: Config(16, 16, 4, 1))
     monkeypatch.setattr(backward, "keys_config", lambda _: Config(16, 32, 4, 1))
     monkeypatch.setattr(backward, "queries_config", lambda _: Config(32, 16, 4, 1))
 

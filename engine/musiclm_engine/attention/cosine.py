@@ -8,6 +8,8 @@ from musiclm_engine.attention.layer_norm import LayerNorm
 from musiclm_engine.attention.position_bias import PositionBias, bias_arguments
 from musiclm_kernels import biased_attention, qk_l2norm
 
+ROUNDING_ROOM = 1.02  # two factors, each rounded to bfloat16's 8 bits
+
 
 class CosineAttention(nn.Module):
     """Pre-norm self-attention with l2-normalised queries and keys and learned scales.
@@ -79,5 +81,12 @@ class CosineAttention(nn.Module):
             key_mask=mask,
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
+            score_bound=self._score_bound(),
         )
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    @torch.no_grad()
+    def _score_bound(self) -> Tensor:
+        """[H] float32: what scale * q k^T cannot exceed, with room for q and k being rounded."""
+        largest = torch.linalg.vector_norm(self.q_scale * self.k_scale, torch.inf)
+        return (largest.float() * (abs(self.scale) * ROUNDING_ROOM)).expand(self.heads)

@@ -23,7 +23,9 @@ from musiclm_kernels.attention.tile import (
     table_bias,
 )
 
-ROW_BLOCK = 128  # every block of queries divides it
+WHOLE_ROWS = 128  # every block of queries divides it
+PREPARED = 64  # queries of a program that prepares them
+SUMMED = 1024  # elements of a program that adds up heads
 
 
 def attention_backward(
@@ -58,21 +60,31 @@ def attention_backward(
         grads = grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
         return *grads, lse.new_zeros(H, problem.T if wants_table else 0)
     grad_out, out = grad_out.contiguous(), out.contiguous()
-    rows = triton.cdiv(N, ROW_BLOCK) * ROW_BLOCK
+    rows = triton.cdiv(N, WHOLE_ROWS) * WHOLE_ROWS
     log_sums = torch.empty(B, H, rows, dtype=torch.float32, device=q.device)
     deltas = torch.empty_like(log_sums)
     num_code_rows = 0 if q_codes is None else len(q_codes)
     words = torch.empty(num_code_rows, rows, dtype=torch.uint32, device=q.device)
-    _prepare[(rows // ROW_BLOCK * H * B,)](
+    _prepare[(rows // PREPARED * H * B,)](
         grad_out, out, lse, problem.q_codes, log_sums, deltas, words, offset, H, N, problem.T,
-        rows, num_code_rows, D, problem.constants["BLOCK_D"], ROW_BLOCK, num_warps=8,
+        rows, num_code_rows, D, problem.constants["BLOCK_D"], PREPARED, num_warps=8,
     )  # fmt: skip
+    # Query heads that share a key head leave a part each: more programs, and short ones.
+    group = H // problem.num_key_heads
+    part_k, part_v = grad_k, grad_v
+    if group > 1:
+        part_k, part_v = torch.empty(2, B, H, M, D, dtype=torch.float32, device=q.device)
     config = keys_config(problem)
-    grid = (triton.cdiv(M, config.block_k) * problem.num_key_heads * B,)
-    _grad_keys_values[grid](
-        *problem.tensors, grad_out, log_sums, deltas, words, grad_k, grad_v,
+    _grad_keys_values[(triton.cdiv(M, config.block_k) * H * B,)](
+        *problem.tensors, grad_out, log_sums, deltas, words, part_k, part_v,
         rows, *problem.sizes, *problem.strides, **problem.constants, **config.options,
     )  # fmt: skip
+    if group > 1:
+        head = M * D
+        for part, grad in ((part_k, grad_k), (part_v, grad_v)):
+            _sum_heads[(triton.cdiv(head, SUMMED), problem.num_key_heads * B)](
+                part, grad, head, group, SUMMED
+            )
     config = queries_config(problem)
     grid = (triton.cdiv(N, config.block_q) * H * B,)
     _grad_queries[grid](
@@ -103,7 +115,7 @@ def _prepare(
     num_code_rows,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """What both passes need of each query, ready to be read without a mask:
 
@@ -111,13 +123,13 @@ def _prepare(
     delta = sum over D of grad_out * out, which the softmax takes off every score's gradient;
     the word of its code.
     """
-    num_blocks = rows // ROW_BLOCK
-    start = tl.program_id(0) % num_blocks * ROW_BLOCK
+    num_blocks = rows // ROWS
+    start = tl.program_id(0) % num_blocks * ROWS
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     first = batch_head * N + start
-    row = start + tl.arange(0, ROW_BLOCK)
-    grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, ROW_BLOCK, BLOCK_D, True)
-    out = load_rows(out_ptr + first * D, D, N - start, D, ROW_BLOCK, BLOCK_D, True)
+    row = start + tl.arange(0, ROWS)
+    grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, ROWS, BLOCK_D, True)
+    out = load_rows(out_ptr + first * D, D, N - start, D, ROWS, BLOCK_D, True)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + batch_head * N + row, mask=row < N, other=float("-inf")) * LOG2_E
     tl.store(delta_ptr + batch_head * rows + row, delta)
@@ -144,8 +156,8 @@ def _grad_keys_values(
     log_sum_ptr,  # [B, H, rows], packed
     delta_ptr,  # [B, H, rows], packed
     q_word_ptr,  # [B or 1 or 0, rows], packed
-    grad_k_ptr,  # [B, Hkv, M, D], packed
-    grad_v_ptr,  # [B, Hkv, M, D], packed
+    grad_k_ptr,  # [B, H, M, D], packed
+    grad_v_ptr,  # [B, H, M, D], packed
     rows,
     offset,
     H,
@@ -177,12 +189,16 @@ def _grad_keys_values(
 ):
     num_blocks = tl.cdiv(M, BLOCK_K)
     start_k = tl.program_id(0) % num_blocks * BLOCK_K
-    batch_kv = tl.program_id(0) // num_blocks
-    b = (batch_kv // (H // GROUP)).to(tl.int64)
-    kv = (batch_kv % (H // GROUP)).to(tl.int64)
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    b = batch_head // H
+    h = batch_head % H
     column = start_k + tl.arange(0, BLOCK_K)
-    k_ptr += b * stride_kb + kv * stride_kh + tl.cast(start_k, tl.int64) * stride_kn
-    v_ptr += b * stride_vb + kv * stride_vh + tl.cast(start_k, tl.int64) * stride_vn
+    k_ptr += b * stride_kb + h // GROUP * stride_kh + tl.cast(start_k, tl.int64) * stride_kn
+    v_ptr += b * stride_vb + h // GROUP * stride_vh + tl.cast(start_k, tl.int64) * stride_vn
+    q_ptr += b * stride_qb + h * stride_qh
+    grad_out_ptr += batch_head * N * D
+    log_sum_ptr += batch_head * rows
+    delta_ptr += batch_head * rows
     k = load_rows(k_ptr, stride_kn, M - start_k, D, BLOCK_K, BLOCK_D, True)
     v = load_rows(v_ptr, stride_vn, M - start_k, D, BLOCK_K, BLOCK_D, True)
 
@@ -195,52 +211,41 @@ def _grad_keys_values(
             tl.cdiv(tl.maximum(tl.minimum(start_k + BLOCK_K, M) - 1 + N - M, 0), BLOCK_Q) * BLOCK_Q
         )
     full = tl.maximum(N // BLOCK_Q * BLOCK_Q, open)
-    plain = True
     key_word = column
+    table = table_ptr
     if table_ptr is not None:
         q_code_ptr += b * stride_q_code
         q_word_ptr += tl.where(stride_q_code == 0, 0, b) * rows
         key_code = tl.load(k_code_ptr + b * stride_k_code + tl.minimum(column, M - 1))
         key_word = key_words(key_code)
+        table += h * T
+        plain = False
         if BLOCK_T > 0:
+            table = tl.load(table + tl.minimum(tl.arange(0, BLOCK_T), T - 1)) * LOG2_E
             lowest_q, highest_q = code_range(q_code_ptr, N)
             lowest_k, highest_k = tl.min(key_code).to(tl.int64), tl.max(key_code).to(tl.int64)
             plain = all_in_table(lowest_q, highest_q, lowest_k, highest_k, offset, T)
-        else:
-            plain = False
-    full = tl.where(plain, full, open)
+        full = tl.where(plain, full, open)
 
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for g in tl.range(0, GROUP):
-        h = kv * GROUP + g
-        batch_head = b * H + h
-        table = table_ptr
-        if table_ptr is not None:
-            table += h * T
-            if BLOCK_T > 0:
-                table = tl.load(table + tl.minimum(tl.arange(0, BLOCK_T), T - 1)) * LOG2_E
-        q_head = q_ptr + b * stride_qb + h * stride_qh
-        grad_out_head = grad_out_ptr + batch_head * N * D
-        log_sum_head = log_sum_ptr + batch_head * rows
-        delta_head = delta_ptr + batch_head * rows
-        for start in tl.range(open, full, BLOCK_Q):
-            grad_k, grad_v = _one_block_of_queries(
-                grad_k, grad_v, start, k, v, q_head, grad_out_head, log_sum_head, delta_head, table,
-                q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale,
-                 rate_31, keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL,
-                PRECISION, table_ptr is not None, True,
-            )  # fmt: skip
-        # The blocks on both sides of those: on the diagonal, and the last.
-        before = (open - first) // BLOCK_Q
-        for block in tl.range(0, before + tl.cdiv(N - full, BLOCK_Q)):
-            start = tl.where(block < before, first, full - before * BLOCK_Q) + block * BLOCK_Q
-            grad_k, grad_v = _one_block_of_queries(
-                grad_k, grad_v, start, k, v, q_head, grad_out_head, log_sum_head, delta_head, table,
-                q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale,
-                 rate_31, keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL,
-                PRECISION, table_ptr is not None, False,
-            )  # fmt: skip
+    for start in tl.range(open, full, BLOCK_Q):
+        grad_k, grad_v = _one_block_of_queries(
+            grad_k, grad_v, start, k, v, q_ptr, grad_out_ptr, log_sum_ptr, delta_ptr, table,
+            q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31,
+            keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
+            table_ptr is not None, True,
+        )  # fmt: skip
+    # The blocks on both sides of those: on the diagonal, and the last.
+    before = (open - first) // BLOCK_Q
+    for block in tl.range(0, before + tl.cdiv(N - full, BLOCK_Q)):
+        start = tl.where(block < before, first, full - before * BLOCK_Q) + block * BLOCK_Q
+        grad_k, grad_v = _one_block_of_queries(
+            grad_k, grad_v, start, k, v, q_ptr, grad_out_ptr, log_sum_ptr, delta_ptr, table,
+            q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31,
+            keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
+            table_ptr is not None, False,
+        )  # fmt: skip
 
     if key_mask_ptr is not None:
         # A key's gradients are its own, so that a hidden key needs no care before this point.
@@ -249,10 +254,27 @@ def _grad_keys_values(
         grad_v = tl.where(visible[:, None], grad_v, 0.0)
     d = tl.arange(0, BLOCK_D)
     inside = (column < M)[:, None] & (d < D)[None, :]
-    first_element = (tl.cast(batch_kv, tl.int64) * M + start_k) * D
+    first_element = (batch_head * M + start_k) * D
     local = first_element + tl.arange(0, BLOCK_K)[:, None] * D + d[None, :]
     tl.store(grad_k_ptr + local, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_v_ptr + local, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["head"])
+def _sum_heads(
+    part_ptr,  # [B, Hkv, GROUP, head], packed
+    sum_ptr,  # [B, Hkv, head], packed
+    head,  # elements
+    GROUP: tl.constexpr,
+    SUMMED: tl.constexpr,
+):
+    """The gradient of a key head, from those of the query heads that share it, in their order."""
+    at = tl.program_id(0) * SUMMED + tl.arange(0, SUMMED)
+    of_head = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([SUMMED], tl.float32)
+    for g in tl.range(0, GROUP):
+        total += tl.load(part_ptr + (of_head * GROUP + g) * head + at, mask=at < head, other=0.0)
+    tl.store(sum_ptr + of_head * head + at, total.to(sum_ptr.dtype.element_ty), mask=at < head)
 
 
 @triton.jit

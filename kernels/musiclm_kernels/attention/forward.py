@@ -52,15 +52,16 @@ def attention_and_lse(
     B, H, N, M = problem.B, problem.H, problem.N, problem.M
     if q.numel() == 0 or M == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = forward_config(problem)
     # fp16 cannot hold weights far below one, which a fixed maximum makes.
     bounded = score_bound is not None and q.dtype != torch.float16
+    config = forward_config(problem, bounded)
     grid = (triton.cdiv(N, config.block_q) * H * B,)
     _forward[grid](
         *problem.tensors,
         score_bound if bounded else None,
         out,
         lse,
+        score_bound.stride(0) if score_bound is not None else 0,
         *problem.sizes,
         *problem.strides,
         **problem.constants,
@@ -82,6 +83,7 @@ def _forward(
     bound_ptr,  # [H] or None
     out_ptr,  # [B, H, N, D], packed
     lse_ptr,  # [B, H, N], packed
+    stride_bound,
     offset,
     H,
     N,
@@ -157,7 +159,7 @@ def _forward(
             plain = False
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     if bound_ptr is not None:
-        bound = tl.load(bound_ptr + h) * LOG2_E
+        bound = tl.load(bound_ptr + h * stride_bound) * LOG2_E
         top = bound
         spread = 2 * bound
         if BLOCK_T > 0:

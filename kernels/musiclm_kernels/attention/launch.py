@@ -88,6 +88,13 @@ class Problem:
         )  # fmt: skip
 
     @property
+    def arch(self) -> int:
+        """Compute capability times ten; Hopper's in the interpreter, which has none."""
+        if self.q.device.type == "cpu":
+            return 90
+        return triton.runtime.driver.active.get_current_target().arch
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         bias = (self.table, self.q_codes, self.k_codes)
         return (self.q, self.k, self.v, *bias, self.key_mask, self.dropout_seed)
@@ -124,22 +131,37 @@ class Problem:
         }
 
 
-# Chosen from what Triton makes of them for sm_90 (docs/kernels/attention.md); not yet timed.
+# Chosen from what Triton 3.6 makes of them (docs/kernels/attention.md), so that nothing spills; not
+# yet timed.
 
 
-def forward_config(problem: Problem) -> Config:
+def forward_config(problem: Problem, bounded: bool) -> Config:
+    narrow, arch = problem.D <= 64, problem.arch
     if problem.dtype == torch.float32:
-        return _cut(problem, 32, 32, 8, 2)
-    return _cut(problem, 128, 128 if problem.D <= 64 else 64, 8, 2)
+        return _cut(problem, 32, 32 if narrow or arch == 90 else 16, 8, 2)
+    if arch < 90:
+        if narrow and problem.T > 4096:
+            return _cut(problem, 64, 32, 4, 2)
+        return _cut(problem, 128, 32, 4 if narrow else 8, 2)
+    if arch >= 100 and problem.dropout_seed is not None:
+        return _cut(problem, 128, 32, 8, 2)
+    if arch >= 100 and bounded:
+        return _cut(problem, 64, 64, 8, 2)
+    wide_keys = arch == 90 and narrow and problem.T <= 8192 and problem.dropout_seed is None
+    return _cut(problem, 128, 128 if wide_keys else 64, 8, 2)
 
 
 def keys_config(problem: Problem) -> Config:
     """Of the pass that owns keys and walks over queries."""
     if problem.dtype == torch.float32:
         return _cut(problem, 32, 32, 8, 2)
-    one_head_each = problem.H == problem.num_key_heads
-    if problem.D <= 64 and one_head_each and problem.dropout_seed is None:
-        return _cut(problem, 64, 128, 8, 3)
+    light = problem.D <= 64 and problem.dropout_seed is None
+    if problem.arch < 90:
+        if light and problem.T <= 4096 and problem.key_mask is None:
+            return _cut(problem, 32, 128, 8, 2)
+        return _cut(problem, 32, 32, 4, 2)
+    if light and problem.T <= 8192 and not problem.causal:
+        return _cut(problem, 64, 128, 8, 3 if problem.arch == 90 else 2)
     return _cut(problem, 32, 128, 8, 2)
 
 
@@ -147,7 +169,11 @@ def queries_config(problem: Problem) -> Config:
     """Of the pass that owns queries and walks over keys."""
     if problem.dtype == torch.float32:
         return _cut(problem, 32, 32, 8, 2)
-    return _cut(problem, 128, 64, 8, 2)
+    if problem.arch < 90:
+        return _cut(problem, 128, 32, 8, 2) if problem.D <= 64 else _cut(problem, 64, 64, 8, 2)
+    in_memory = problem.table is not None and not problem.gathers
+    dropping = problem.arch >= 100 and problem.dropout_seed is not None
+    return _cut(problem, 128, 32 if in_memory or dropping else 64, 8, 2)
 
 
 def _cut(problem: Problem, block_q: int, block_k: int, num_warps: int, num_stages: int) -> Config:

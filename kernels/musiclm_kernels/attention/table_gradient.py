@@ -52,7 +52,7 @@ def table_gradient(
     B, H, N, M, T = problem.B, problem.H, problem.N, problem.M, problem.T
     q, k, v, table, q_codes, k_codes, key_mask, seed = problem.tensors
     assert q is not None and q_codes is not None and k_codes is not None
-    block = 32 if q.dtype == torch.float32 else 64
+    block = 32 if q.dtype == torch.float32 or problem.arch < 90 else 64
     R = grid_rows if grid_rows <= block else 1
     S = 2 * R - 1
     columns = block // R  # of a block
@@ -83,7 +83,7 @@ def table_gradient(
         q, k, v, table, key_mask, seed, grad_out, log_sums, deltas, token_of["q"], token_of["k"],
         tiles, B, rows, *problem.sizes, *problem.strides, slots, num_blocks, walk, walks,
         0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, block, **shared,
-        num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2,
+        num_warps=8 if q.dtype == torch.float32 or problem.D > 64 else 4, num_stages=2,
     )  # fmt: skip
 
     reach = num_blocks * columns * S  # differences of codes lie within +-(reach - 1)
@@ -92,7 +92,9 @@ def table_gradient(
         tiles, sums, B, reach, num_blocks, walk, walks, R, block, DIFFERENCES
     )
 
-    blocks_q, blocks_k = triton.cdiv(N, block), triton.cdiv(M, block)
+    stray_q = 16 if q.dtype == torch.float32 and problem.D > 64 else block
+    stray_k = max(16, stray_q // 2)
+    blocks_q, blocks_k = triton.cdiv(N, stray_q), triton.cdiv(M, stray_k)
     peaks = empty(B * H * blocks_q)
     strays = torch.zeros(H, T, dtype=torch.int64, device=q.device)
     for adding in (False, True):
@@ -100,7 +102,7 @@ def table_gradient(
             q, k, v, table, q_codes, k_codes, key_mask, seed, grad_out, log_sums, deltas,
             words, token_of["q"], token_of["k"], filled["q"], filled["k"], peaks, strays,
             B, rows, *problem.sizes, *problem.strides, slots, scans, blocks_q, blocks_k,
-            0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, block, adding,
+            0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, stray_q, stray_k, adding,
             **shared, num_warps=8, num_stages=1,
         )  # fmt: skip
     grad_table = empty(H, T)
@@ -369,7 +371,8 @@ def _add_strays(
     Q_BATCHED: tl.constexpr,
     K_BATCHED: tl.constexpr,
     R: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ADDING: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -390,14 +393,14 @@ def _add_strays(
         placed_q += tl.load(q_filled_ptr + b * Q_BATCHED * scans + scan + count)
         placed_k += tl.load(k_filled_ptr + b * K_BATCHED * scans + scan + count)
     none = (tl.sum(placed_q) == N) & (tl.sum(placed_k) == M)
-    peak = tl.zeros([BLOCK, BLOCK], tl.float32)
+    peak = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if not none:
-        start = program % blocks_q * BLOCK
-        row = start + tl.arange(0, BLOCK)
+        start = program % blocks_q * BLOCK_Q
+        row = start + tl.arange(0, BLOCK_Q)
         first = batch_head * N + start
         q_ptr += b * stride_qb + h * stride_qh + tl.cast(start, tl.int64) * stride_qn
-        q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK, BLOCK_D, True)
-        grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, BLOCK, BLOCK_D, True)
+        q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK_Q, BLOCK_D, True)
+        grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, BLOCK_Q, BLOCK_D, True)
         log_sum = tl.load(log_sum_ptr + batch_head * rows + row)
         delta = tl.load(delta_ptr + batch_head * rows + row)
         word_q = tl.load(q_word_ptr + b * Q_BATCHED * rows + row)
@@ -413,23 +416,25 @@ def _add_strays(
         if ADDING:
             unit = _units(peak_ptr, tl.num_programs(0), B, N, M)
         for block in tl.range(0, blocks_k):
-            start_k = block * BLOCK
-            column = start_k + tl.arange(0, BLOCK)
-            code = tl.load(k_code_ptr + b * stride_k_code + tl.minimum(column, M - 1))
-            slot = _slot(code, slots, R)
-            token = tl.load(k_token_ptr + b * K_BATCHED * slots + slot, mask=slot >= 0, other=-1)
-            stray = stray_q[:, None] | (token != column)[None, :]
+            start_k = block * BLOCK_K
+            column = start_k + tl.arange(0, BLOCK_K)
+            k_code = tl.load(k_code_ptr + b * stride_k_code + tl.minimum(column, M - 1))
+            k_slot = _slot(k_code, slots, R)
+            k_token = tl.load(
+                k_token_ptr + b * K_BATCHED * slots + k_slot, mask=k_slot >= 0, other=-1
+            )
+            stray = stray_q[:, None] | (k_token != column)[None, :]
             stray &= (row < N)[:, None] & (column < M)[None, :]
             if tl.max(stray.to(tl.int32)) > 0:
                 here = tl.cast(start_k, tl.int64)
                 k = load_rows(
-                    k_ptr + here * stride_kn, stride_kn, M - start_k, D, BLOCK, BLOCK_D, True
+                    k_ptr + here * stride_kn, stride_kn, M - start_k, D, BLOCK_K, BLOCK_D, True
                 )
                 v = load_rows(
-                    v_ptr + here * stride_vn, stride_vn, M - start_k, D, BLOCK, BLOCK_D, True
+                    v_ptr + here * stride_vn, stride_vn, M - start_k, D, BLOCK_K, BLOCK_D, True
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-                word = key_words(code)[None, :]
+                word = key_words(k_code)[None, :]
                 scores += table_bias(table_ptr + h * T, word_q[:, None], word, T, True, False)
                 visible = sees(row[:, None], column[None, :], N, M, key_mask_ptr, CAUSAL)
                 weights = tl.exp2(tl.where(visible, scores, float("-inf")) - log_sum[:, None])
