@@ -33,7 +33,11 @@ def attention(
     bounded: bool = False,
 ) -> Any:
     """Launch the forward or the backward pass, with the table's gradient if there is a table."""
-    q, k, v = (meta(B, heads, N, D, dtype=dtype) for heads in (H, num_key_heads, num_key_heads))
+    # as projections leave them: [B, N, heads, D] in memory
+    q, k, v = (
+        meta(B, N, heads, D, dtype=dtype).transpose(1, 2)
+        for heads in (H, num_key_heads, num_key_heads)
+    )
     table = codes = None
     if T is not None:
         table = meta(H, T, dtype=torch.float32)

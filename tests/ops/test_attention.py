@@ -200,13 +200,25 @@ def test_autocast_does_not_round_the_sums():
         assert torch.equal(biased_attention(q, k, v, **bias), wanted)
 
 
-def test_strided_inputs():
+def test_results_have_the_layout_of_their_inputs():
     q, k, v, bias = inputs(H=4, Hkv=4, N=7, M=7)
-    out = biased_attention(
-        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), **bias
-    )
-    torch.testing.assert_close(out, biased_attention(q, k, v, **bias))
+    wanted = biased_attention(q, k, v, **bias)
+    # as three slices of one projection leave them
+    projected = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).contiguous().requires_grad_()
+    views = [x.transpose(1, 2) for x in projected.unbind(2)]
+    out = biased_attention(*views, **bias)
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out, wanted)
+    for grad in torch.autograd.grad(out.sum(), views):
+        assert grad.transpose(1, 2).is_contiguous()
+    across = q.transpose(-1, -2).contiguous().transpose(-1, -2)  # rows that are not packed
+    out = biased_attention(across, k, v, **bias)
     assert out.is_contiguous()
+    torch.testing.assert_close(out, wanted)
+    torch.library.opcheck(
+        torch.ops.musiclm.biased_attention.default,
+        (*views, None, None, None, 0, False, None, 0.3, 0.0, None, None, 1),
+    )
 
 
 def test_op_contracts():

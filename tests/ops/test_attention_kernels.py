@@ -171,7 +171,9 @@ def test_table_gradient_of_a_grid(small_tiles, grid_rows, kept):
     check(*with_options(problem(N, N, H=1, Hkv=1, bias=bias), grid_rows=grid_rows))
 
 
-@pytest.mark.parametrize("T, offset", [(9, 4), (1, 0), (2, 0), (300, 150), (79, 1000)])
+@pytest.mark.parametrize(
+    "T, offset", [(9, 4), (1, 0), (2, 0), (300, 150), (79, 1000), (9, 3 - 2**31), (9, 2**40)]
+)
 def test_tables_that_do_not_fit_their_codes(small_tiles, T, offset):
     q_codes, k_codes, _, _ = line(40, 40)
     check(*problem(40, 40, B=1, H=1, Hkv=1, bias=(q_codes, k_codes, T, offset)))
@@ -189,19 +191,34 @@ def test_a_table_too_large_to_hold(small_tiles, monkeypatch):
     check(*problem(20, 20, B=1, bias=line(20, 20)))
 
 
-def test_strided_inputs(small_tiles):
-    tensors, options, _ = problem(20, 20, bias=line(20, 20), B=2, H=3, Hkv=3)
-    q, k, v, table = (x.float() for x in tensors)
-    wanted = biased_attention(q, k, v, table=table, **options)
-    projected = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).contiguous()  # [B, N, 3, H, D]
-    with through_kernels():
-        q, k, v = (x.transpose(1, 2) for x in projected.unbind(2))
-        torch.testing.assert_close(biased_attention(q, k, v, table=table, **options), wanted)
-        backwards = v.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2).flip(-1)
-        assert backwards.stride(-1) != 1
-        torch.testing.assert_close(
-            biased_attention(q, k, backwards, table=table, **options), wanted
-        )
+@pytest.mark.parametrize("Hkv", [1, 3])
+def test_strided_inputs_and_results(small_tiles, Hkv):
+    tensors, options, weight = problem(20, 20, bias=line(20, 20), B=2, H=3, Hkv=Hkv)
+
+    def strided(x):
+        """[B, H, N, D] in the memory of [B, N, 2, H, D], of which it is a part."""
+        return torch.stack((x, x)).permute(1, 3, 0, 2, 4).contiguous()[:, :, 1].transpose(1, 2)
+
+    table = tensors[3].float()
+    results = []
+    for layout in (lambda x: x, strided):
+        leaves = [layout(x.float()).requires_grad_() for x in tensors[:3]] + [table.clone()]
+        leaves[3].requires_grad_()
+        with through_kernels():
+            out = biased_attention(*leaves[:3], table=leaves[3], **options)
+            grads = torch.autograd.grad(out, leaves, layout(weight.float()))
+        results.append([out, *grads])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    for x in results[1][:4]:
+        assert x.transpose(1, 2).is_contiguous()
+
+
+def test_rows_that_are_not_packed(small_tiles):
+    tensors, options, weight = problem(20, 20, B=1, bias=line(20, 20))
+    across = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in tensors[:3]]
+    weight = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+    check([*across, tensors[3]], options, weight)
 
 
 def test_entries_of_minus_infinity_hide_their_pairs(small_tiles):

@@ -172,16 +172,29 @@ def test_under_autocast():
 LAYOUTS = ["packed", "projected", "fused", "columns", "shared"]
 
 
+def assert_laid_out_like(x, y, layout):
+    """y, made of x, has one of two layouts, and never gaps."""
+    is_projection = layout in ("projected", "fused")
+    assert y.transpose(1, 2).is_contiguous() == is_projection
+    assert y.is_contiguous() != is_projection
+    # The layouts that have something to lose did have it.
+    assert (y.stride() == x.stride()) == (layout in ("packed", "projected"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_are_packed_and_gradients_laid_out_like_their_inputs(layout):
+@pytest.mark.parametrize("function", [qk_l2norm, reference.qk_l2norm])
+def test_outputs_are_laid_out_like_their_inputs_without_gaps(layout, function):
     leaves = inputs(layout=layout)
-    q_out, k_out, grad_q, grad_k, *_ = outputs_and_gradients(qk_l2norm, leaves)
-    assert q_out.is_contiguous() and k_out.is_contiguous()
-    for x, gradient in ((leaves[0], grad_q), (leaves[1], grad_k)):
-        assert gradient.stride(-1) == 1
-        assert gradient.transpose(1, 2).is_contiguous() == (layout in ("projected", "fused"))
-        assert gradient.is_contiguous() == (layout not in ("projected", "fused"))
-        assert (gradient.stride() == x.stride()) == (layout in ("packed", "projected"))
+    for x, out in zip(leaves[:2], function(*leaves), strict=True):
+        assert_laid_out_like(x, out, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_laid_out_like_their_inputs_without_gaps(layout):
+    leaves = inputs(layout=layout)
+    _, _, grad_q, grad_k, *_ = outputs_and_gradients(qk_l2norm, leaves)
+    assert_laid_out_like(leaves[0], grad_q, layout)
+    assert_laid_out_like(leaves[1], grad_k, layout)
 
 
 # The kernels: on CPU in the interpreter.
@@ -334,8 +347,9 @@ def test_op_contracts(layout, per_head, dtype):
     torch.library.opcheck(torch.ops.musiclm.qk_l2norm_backward.default, (*grads, *detached))
 
 
-def test_op_contracts_of_the_kernels():
-    leaves = tuple(x.detach() for x in inputs(dtype=torch.float32))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_op_contracts_of_the_kernels(layout):
+    leaves = tuple(x.detach() for x in inputs(dtype=torch.float32, layout=layout))
     grads = tuple(torch.ones_like(x) for x in leaves[:2])
     with running_kernels():
         torch.library.opcheck(torch.ops.musiclm.qk_l2norm.default, leaves)
@@ -345,9 +359,14 @@ def test_op_contracts_of_the_kernels():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiles_without_graph_break(layout):
     leaves = inputs(dtype=torch.float32, layout=layout)
+    # A compiled backward pass lays its gradients out like the outputs, which decides the order of
+    # the reference's sums.
+    drawn = draw_output_gradients(*leaves[:2])
+    outs = qk_l2norm(*leaves)
+    grads = [torch.empty_like(out).copy_(grad) for out, grad in zip(outs, drawn, strict=True)]
     compiled = torch.compile(qk_l2norm, fullgraph=True, backend="aot_eager")
-    ours = outputs_and_gradients(compiled, leaves)
-    for one, other in zip(ours, outputs_and_gradients(qk_l2norm, leaves), strict=True):
+    ours = outputs_and_gradients(compiled, leaves, grads)
+    for one, other in zip(ours, outputs_and_gradients(qk_l2norm, leaves, grads), strict=True):
         assert torch.equal(one, other) and one.stride() == other.stride()
 
 

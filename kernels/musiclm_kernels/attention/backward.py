@@ -22,6 +22,7 @@ from musiclm_kernels.attention.tile import (
     sees,
     table_bias,
 )
+from musiclm_kernels.layout import empty_rows_like
 
 WHOLE_ROWS = 128  # every block of queries divides it
 PREPARED = 64  # queries of a program that prepares them
@@ -53,13 +54,13 @@ def attention_backward(
         q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale, dropout, dropout_seed
     )
     B, H, N, M, D = problem.B, problem.H, problem.N, problem.M, problem.D
-    grad_q, grad_k, grad_v = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
-    )
+    grad_q, grad_k, grad_v = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
     if q.numel() == 0 or M == 0:
         grads = grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
         return *grads, lse.new_zeros(H, problem.T if wants_table else 0)
-    grad_out, out = grad_out.contiguous(), out.contiguous()
+    grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
+    lse = lse.contiguous()
+    strides_w = grad_out.stride()[:3]
     rows = triton.cdiv(N, WHOLE_ROWS) * WHOLE_ROWS
     log_sums = torch.empty(B, H, rows, dtype=torch.float32, device=q.device)
     deltas = torch.empty_like(log_sums)
@@ -67,7 +68,7 @@ def attention_backward(
     words = torch.empty(num_code_rows, rows, dtype=torch.uint32, device=q.device)
     _prepare[(rows // PREPARED * H * B,)](
         grad_out, out, lse, problem.q_codes, log_sums, deltas, words, offset, H, N, problem.T,
-        rows, num_code_rows, D, problem.constants["BLOCK_D"], PREPARED, num_warps=8,
+        rows, num_code_rows, *strides_w, *out.stride()[:3], D, problem.constants["BLOCK_D"], PREPARED, num_warps=8,
     )  # fmt: skip
     # Query heads that share a key head leave a part each: more programs, and short ones.
     group = H // problem.num_key_heads
@@ -77,19 +78,19 @@ def attention_backward(
     config = keys_config(problem)
     _grad_keys_values[(triton.cdiv(M, config.block_k) * H * B,)](
         *problem.tensors, grad_out, log_sums, deltas, words, part_k, part_v,
-        rows, *problem.sizes, *problem.strides, **problem.constants, **config.options,
+        *strides_w, *part_k.stride()[:3], *part_v.stride()[:3], rows, *problem.sizes, *problem.strides, **problem.constants, **config.options,
     )  # fmt: skip
     if group > 1:
         head = M * D
         for part, grad in ((part_k, grad_k), (part_v, grad_v)):
-            _sum_heads[(triton.cdiv(head, SUMMED), problem.num_key_heads * B)](
-                part, grad, head, group, SUMMED
+            _sum_heads[(triton.cdiv(head, SUMMED) * problem.num_key_heads * B,)](
+                part, grad, head, problem.num_key_heads, *grad.stride()[:3], D, group, SUMMED
             )
     config = queries_config(problem)
     grid = (triton.cdiv(N, config.block_q) * H * B,)
     _grad_queries[grid](
         *problem.tensors, grad_out, log_sums, deltas, words, grad_q,
-        rows, *problem.sizes, *problem.strides, **problem.constants, **config.options,
+        *strides_w, *grad_q.stride()[:3], rows, *problem.sizes, *problem.strides, **problem.constants, **config.options,
     )  # fmt: skip
     if wants_table:
         grad_table = table_gradient(problem, grad_out, log_sums, deltas, words, rows, grid_rows)
@@ -100,8 +101,8 @@ def attention_backward(
 
 @triton.jit(do_not_specialize=["offset", "H", "N", "T", "num_code_rows"])
 def _prepare(
-    grad_out_ptr,  # [B, H, N, D], packed
-    out_ptr,  # [B, H, N, D], packed
+    grad_out_ptr,  # [B, H, N, D]
+    out_ptr,  # [B, H, N, D]
     lse_ptr,  # [B, H, N], packed
     q_code_ptr,  # [num_code_rows, N], packed, or None
     log_sum_ptr,  # [B, H, rows], packed
@@ -113,6 +114,12 @@ def _prepare(
     T,
     rows,  # N rounded up to whole blocks
     num_code_rows,
+    stride_wb,
+    stride_wh,
+    stride_wn,
+    stride_ob,
+    stride_oh,
+    stride_on,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,20 +133,23 @@ def _prepare(
     num_blocks = rows // ROWS
     start = tl.program_id(0) % num_blocks * ROWS
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
-    first = batch_head * N + start
+    b = batch_head // H
+    h = batch_head % H
     row = start + tl.arange(0, ROWS)
-    grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, ROWS, BLOCK_D, True)
-    out = load_rows(out_ptr + first * D, D, N - start, D, ROWS, BLOCK_D, True)
+    grad_out_ptr += b * stride_wb + h * stride_wh + tl.cast(start, tl.int64) * stride_wn
+    out_ptr += b * stride_ob + h * stride_oh + tl.cast(start, tl.int64) * stride_on
+    grad_out = load_rows(grad_out_ptr, stride_wn, N - start, D, ROWS, BLOCK_D, True)
+    out = load_rows(out_ptr, stride_on, N - start, D, ROWS, BLOCK_D, True)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + batch_head * N + row, mask=row < N, other=float("-inf")) * LOG2_E
     tl.store(delta_ptr + batch_head * rows + row, delta)
     log_sum = tl.where(lse == float("-inf"), float("inf"), lse)
     tl.store(log_sum_ptr + batch_head * rows + row, log_sum)
     if q_code_ptr is not None:
-        b = batch_head // H
-        if (batch_head % H == 0) & (b < num_code_rows):
-            code = tl.load(q_code_ptr + b * N + tl.minimum(row, N - 1))
-            tl.store(q_word_ptr + b * rows + row, query_words(code, offset, T))
+        # one head of each row of codes does it for all
+        writes = ((h == 0) & (b < num_code_rows)) & (row >= 0)
+        code = tl.load(q_code_ptr + b * N + tl.minimum(row, N - 1), mask=writes, other=0)
+        tl.store(q_word_ptr + b * rows + row, query_words(code, offset, T), mask=writes)
 
 
 @triton.jit(do_not_specialize=["offset", "H", "N", "M", "T", "rate_31"])
@@ -152,12 +162,21 @@ def _grad_keys_values(
     k_code_ptr,  # [B or 1, M]
     key_mask_ptr,  # [B, M] or None
     seed_ptr,  # [] or None
-    grad_out_ptr,  # [B, H, N, D], packed
+    grad_out_ptr,  # [B, H, N, D]
     log_sum_ptr,  # [B, H, rows], packed
     delta_ptr,  # [B, H, rows], packed
     q_word_ptr,  # [B or 1 or 0, rows], packed
-    grad_k_ptr,  # [B, H, M, D], packed
-    grad_v_ptr,  # [B, H, M, D], packed
+    grad_k_ptr,  # [B, H, M, D]
+    grad_v_ptr,  # [B, H, M, D]
+    stride_wb,
+    stride_wh,
+    stride_wn,
+    stride_gkb,
+    stride_gkh,
+    stride_gkn,
+    stride_gvb,
+    stride_gvh,
+    stride_gvn,
     rows,
     offset,
     H,
@@ -196,7 +215,7 @@ def _grad_keys_values(
     k_ptr += b * stride_kb + h // GROUP * stride_kh + tl.cast(start_k, tl.int64) * stride_kn
     v_ptr += b * stride_vb + h // GROUP * stride_vh + tl.cast(start_k, tl.int64) * stride_vn
     q_ptr += b * stride_qb + h * stride_qh
-    grad_out_ptr += batch_head * N * D
+    grad_out_ptr += b * stride_wb + h * stride_wh
     log_sum_ptr += batch_head * rows
     delta_ptr += batch_head * rows
     k = load_rows(k_ptr, stride_kn, M - start_k, D, BLOCK_K, BLOCK_D, True)
@@ -233,7 +252,7 @@ def _grad_keys_values(
         grad_k, grad_v = _one_block_of_queries(
             grad_k, grad_v, start, k, v, q_ptr, grad_out_ptr, log_sum_ptr, delta_ptr, table,
             q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31,
-            keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
+            keep_scale, stride_qn, stride_wn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
             table_ptr is not None, True,
         )  # fmt: skip
     # The blocks on both sides of those: on the diagonal, and the last.
@@ -243,10 +262,12 @@ def _grad_keys_values(
         grad_k, grad_v = _one_block_of_queries(
             grad_k, grad_v, start, k, v, q_ptr, grad_out_ptr, log_sum_ptr, delta_ptr, table,
             q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31,
-            keep_scale, stride_qn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
+            keep_scale, stride_qn, stride_wn, D, BLOCK_D, BLOCK_Q, BLOCK_T > 0, CAUSAL, PRECISION,
             table_ptr is not None, False,
         )  # fmt: skip
 
+    if seed_ptr is not None:
+        grad_v *= keep_scale
     if key_mask_ptr is not None:
         # A key's gradients are its own, so that a hidden key needs no care before this point.
         visible = tl.load(key_mask_ptr + b * M + column, mask=column < M, other=0) != 0
@@ -254,42 +275,53 @@ def _grad_keys_values(
         grad_v = tl.where(visible[:, None], grad_v, 0.0)
     d = tl.arange(0, BLOCK_D)
     inside = (column < M)[:, None] & (d < D)[None, :]
-    first_element = (batch_head * M + start_k) * D
-    local = first_element + tl.arange(0, BLOCK_K)[:, None] * D + d[None, :]
-    tl.store(grad_k_ptr + local, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_v_ptr + local, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+    local = tl.arange(0, BLOCK_K)[:, None]
+    grad_k_ptr += b * stride_gkb + h * stride_gkh + tl.cast(start_k, tl.int64) * stride_gkn
+    grad_v_ptr += b * stride_gvb + h * stride_gvh + tl.cast(start_k, tl.int64) * stride_gvn
+    at_k = grad_k_ptr + local * stride_gkn + d[None, :]
+    at_v = grad_v_ptr + local * stride_gvn + d[None, :]
+    tl.store(at_k, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=inside)
+    tl.store(at_v, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["head"])
+@triton.jit(do_not_specialize=["head", "Hkv"])
 def _sum_heads(
-    part_ptr,  # [B, Hkv, GROUP, head], packed
-    sum_ptr,  # [B, Hkv, head], packed
-    head,  # elements
+    part_ptr,  # [B, Hkv, GROUP, M, D], packed
+    sum_ptr,  # [B, Hkv, M, D]
+    head,  # M * D
+    Hkv,
+    stride_b,
+    stride_h,
+    stride_n,
+    D: tl.constexpr,
     GROUP: tl.constexpr,
     SUMMED: tl.constexpr,
 ):
     """The gradient of a key head, from those of the query heads that share it, in their order."""
-    at = tl.program_id(0) * SUMMED + tl.arange(0, SUMMED)
-    of_head = tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(head, SUMMED)
+    at = tl.program_id(0) % num_blocks * SUMMED + tl.arange(0, SUMMED)
+    of_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     total = tl.zeros([SUMMED], tl.float32)
     for g in tl.range(0, GROUP):
         total += tl.load(part_ptr + (of_head * GROUP + g) * head + at, mask=at < head, other=0.0)
-    tl.store(sum_ptr + of_head * head + at, total.to(sum_ptr.dtype.element_ty), mask=at < head)
+    sum_ptr += of_head // Hkv * stride_b + of_head % Hkv * stride_h
+    to = sum_ptr + (at // D).to(tl.int64) * stride_n + at % D
+    tl.store(to, total.to(sum_ptr.dtype.element_ty), mask=at < head)
 
 
 @triton.jit
 def _one_block_of_queries(
     grad_k, grad_v, start, k, v, q_ptr, grad_out_ptr, log_sum_ptr, delta_ptr, table,
-    q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31, keep_scale, stride_qn,
+    q_word_ptr, key_word, seed_ptr, column, batch_head, N, M, T, scale, rate_31, keep_scale, stride_qn, stride_wn,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, GATHER: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values after one more block of queries; tiles are [keys, queries]."""
     row = start + tl.arange(0, BLOCK_Q)
     q_ptr += tl.cast(start, tl.int64) * stride_qn
-    grad_out_ptr += tl.cast(start, tl.int64) * D
+    grad_out_ptr += tl.cast(start, tl.int64) * stride_wn
     q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK_Q, BLOCK_D, not PLAIN)
-    grad_out = load_rows(grad_out_ptr, D, N - start, D, BLOCK_Q, BLOCK_D, not PLAIN)
+    grad_out = load_rows(grad_out_ptr, stride_wn, N - start, D, BLOCK_Q, BLOCK_D, not PLAIN)
     log_sum = tl.load(log_sum_ptr + row)
     delta = tl.load(delta_ptr + row)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
@@ -304,7 +336,7 @@ def _one_block_of_queries(
     dropped = weights
     if seed_ptr is not None:
         kept = keeps(seed_ptr, rate_31, row[None, :], column[:, None], batch_head)
-        dropped = tl.where(kept, weights * keep_scale, 0.0)
+        dropped = tl.where(kept, weights, 0.0)
         grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
     grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
     grad_scores = weights * (grad_weights - delta[None, :])
@@ -322,11 +354,17 @@ def _grad_queries(
     k_code_ptr,  # [B or 1, M]
     key_mask_ptr,  # [B, M] or None
     seed_ptr,  # [] or None
-    grad_out_ptr,  # [B, H, N, D], packed
+    grad_out_ptr,  # [B, H, N, D]
     log_sum_ptr,  # [B, H, rows], packed
     delta_ptr,  # [B, H, rows], packed
     q_word_ptr,  # [B or 1 or 0, rows], packed
-    grad_q_ptr,  # [B, H, N, D], packed
+    grad_q_ptr,  # [B, H, N, D]
+    stride_wb,
+    stride_wh,
+    stride_wn,
+    stride_gqb,
+    stride_gqh,
+    stride_gqn,
     rows,
     offset,
     H,
@@ -368,9 +406,9 @@ def _grad_queries(
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     q_ptr += b * stride_qb + h * stride_qh + tl.cast(start, tl.int64) * stride_qn
-    first = batch_head * N + start
+    grad_out_ptr += b * stride_wb + h * stride_wh + tl.cast(start, tl.int64) * stride_wn
     q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK_Q, BLOCK_D, True)
-    grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, BLOCK_Q, BLOCK_D, True)
+    grad_out = load_rows(grad_out_ptr, stride_wn, N - start, D, BLOCK_Q, BLOCK_D, True)
     log_sum = tl.load(log_sum_ptr + batch_head * rows + row)
     delta = tl.load(delta_ptr + batch_head * rows + row)
 
@@ -416,7 +454,8 @@ def _grad_queries(
         )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     inside = (row < N)[:, None] & (d < D)[None, :]
-    local = first * D + tl.arange(0, BLOCK_Q)[:, None] * D + d[None, :]
+    grad_q_ptr += b * stride_gqb + h * stride_gqh + tl.cast(start, tl.int64) * stride_gqn
+    local = tl.arange(0, BLOCK_Q)[:, None] * stride_gqn + d[None, :]
     tl.store(grad_q_ptr + local, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=inside)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from musiclm_kernels.attention import reference
+from musiclm_kernels.layout import empty_rows_like
 
 BLOCK_SCORES = 2**19  # of all heads; 2 MB in float32, a core's own cache
 MIN_QUERIES = 32  # below it, the matrix products of a block are too thin
@@ -29,7 +30,7 @@ def attention_and_lse(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_and_lse`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_rows_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
     for rows, queries, keys in _blocks(q, k, causal):
@@ -60,8 +61,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.attention_backward`; keys, values and the table are summed over blocks in fp32."""
     wants_table = options[-1]
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    grad_q, grad_k, grad_v = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
+    sum_k, sum_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (grad_k, grad_v))
     grad_table = lse.new_zeros(q.shape[1], 0)
     if wants_table and table is not None:
         grad_table = torch.zeros_like(table, memory_format=torch.contiguous_format)
@@ -76,10 +77,10 @@ def attention_backward(
             first_batch=rows.start, first_query=queries.start,
         )  # fmt: skip
         grad_q[rows, :, queries] = part_q
-        grad_k[rows, :, keys] += part_k
-        grad_v[rows, :, keys] += part_v
+        sum_k[rows, :, keys] += part_k
+        sum_v[rows, :, keys] += part_v
         grad_table += part_table
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_table
+    return grad_q, grad_k.copy_(sum_k), grad_v.copy_(sum_v), grad_table
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, slice]]:

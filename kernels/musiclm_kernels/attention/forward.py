@@ -22,9 +22,10 @@ from musiclm_kernels.attention.tile import (
     sees,
     table_bias,
 )
+from musiclm_kernels.layout import empty_rows_like
 
-# Of exponents below the fixed maximum: exp(-80) is a normal fp32 and bf16 number, with room to sum.
-MAX_SPREAD = tl.constexpr(80.0)
+# Of exponents below the fixed maximum: exp(-60) times a small value is still a normal fp32 number.
+MAX_SPREAD = tl.constexpr(60.0)
 
 
 def attention_and_lse(
@@ -47,7 +48,7 @@ def attention_and_lse(
     problem = Problem.of(
         q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale, dropout, dropout_seed
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_rows_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     B, H, N, M = problem.B, problem.H, problem.N, problem.M
     if q.numel() == 0 or M == 0:
@@ -62,6 +63,7 @@ def attention_and_lse(
         out,
         lse,
         score_bound.stride(0) if score_bound is not None else 0,
+        *out.stride()[:3],
         *problem.sizes,
         *problem.strides,
         **problem.constants,
@@ -81,9 +83,12 @@ def _forward(
     key_mask_ptr,  # [B, M] or None
     seed_ptr,  # [] or None
     bound_ptr,  # [H] or None
-    out_ptr,  # [B, H, N, D], packed
+    out_ptr,  # [B, H, N, D]
     lse_ptr,  # [B, H, N], packed
     stride_bound,
+    stride_ob,
+    stride_oh,
+    stride_on,
     offset,
     H,
     N,
@@ -165,7 +170,7 @@ def _forward(
         if BLOCK_T > 0:
             top += tl.max(table)
             spread += tl.max(table) - tl.min(table)
-        plain &= spread < MAX_SPREAD * LOG2_E
+        plain &= (bound >= 0) & (spread < MAX_SPREAD * LOG2_E)
         top = tl.where(plain, top, 0.0)
         highest = tl.where(plain, tl.zeros_like(highest), highest)
         if BLOCK_T > 0:
@@ -180,32 +185,34 @@ def _forward(
             acc, total, highest = _tile(
                 acc, total, highest, start_k, q, k_ptr, v_ptr, table, query_word, k_code_ptr,
                 last_code, key_mask_ptr, seed_ptr, row, batch_head, top, N, M, T, scale, rate_31,
-                keep_scale, stride_kn, stride_vn, D, BLOCK_D, BLOCK_K, BLOCK_T > 0, CAUSAL,
+                stride_kn, stride_vn, D, BLOCK_D, BLOCK_K, BLOCK_T > 0, CAUSAL,
                 PRECISION, table_ptr is not None, True, bound_ptr is not None,
             )  # fmt: skip
     for start_k in tl.range(begin, end, BLOCK_K):
         acc, total, highest = _tile(
             acc, total, highest, start_k, q, k_ptr, v_ptr, table, query_word, k_code_ptr,
             last_code, key_mask_ptr, seed_ptr, row, batch_head, top, N, M, T, scale, rate_31,
-            keep_scale, stride_kn, stride_vn, D, BLOCK_D, BLOCK_K, BLOCK_T > 0, CAUSAL,
+            stride_kn, stride_vn, D, BLOCK_D, BLOCK_K, BLOCK_T > 0, CAUSAL,
             PRECISION, table_ptr is not None, False, False,
         )  # fmt: skip
 
     empty = total == 0.0
+    if seed_ptr is not None:
+        acc *= keep_scale
     acc /= tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (highest + top + tl.log2(total)) * LN_2)
     d = tl.arange(0, BLOCK_D)
-    first = (tl.cast(batch_head, tl.int64) * N + start) * D
     inside = (row < N)[:, None] & (d < D)[None, :]
-    local = tl.arange(0, BLOCK_Q)[:, None] * D + d[None, :]
-    tl.store(out_ptr + first + local, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptr += b * stride_ob + h * stride_oh + tl.cast(start, tl.int64) * stride_on
+    local = tl.arange(0, BLOCK_Q)[:, None] * stride_on + d[None, :]
+    tl.store(out_ptr + local, acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + tl.cast(batch_head, tl.int64) * N + row, lse, mask=row < N)
 
 
 @triton.jit
 def _tile(
     acc, total, highest, start, q, k_ptr, v_ptr, table, query_word, k_code_ptr, last_code,
-    key_mask_ptr, seed_ptr, row, batch_head, top, N, M, T, scale, rate_31, keep_scale,
+    key_mask_ptr, seed_ptr, row, batch_head, top, N, M, T, scale, rate_31,
     stride_kn, stride_vn,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GATHER: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr,
@@ -243,7 +250,7 @@ def _tile(
         highest = higher
     if seed_ptr is not None:
         kept = keeps(seed_ptr, rate_31, row[:, None], column[None, :], batch_head)
-        weights = tl.where(kept, weights * keep_scale, 0.0)
+        weights = tl.where(kept, weights, 0.0)
     v = load_rows(v_ptr, stride_vn, M - start, D, BLOCK_K, BLOCK_D, not PLAIN)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, highest

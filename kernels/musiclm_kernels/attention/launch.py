@@ -120,7 +120,7 @@ class Problem:
 
     @property
     def constants(self) -> dict[str, Any]:
-        exact = self.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        exact = self.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
         return {
             "GROUP": self.H // self.num_key_heads,
             "D": self.D,
@@ -140,13 +140,13 @@ def forward_config(problem: Problem, bounded: bool) -> Config:
     if problem.dtype == torch.float32:
         return _cut(problem, 32, 32 if narrow or arch == 90 else 16, 8, 2)
     if arch < 90:
-        if narrow and problem.T > 4096:
-            return _cut(problem, 64, 32, 4, 2)
+        if narrow and problem.T > 2048:
+            return _cut(problem, 64, 32, 4 if problem.T <= 8192 else 8, 2)
         return _cut(problem, 128, 32, 4 if narrow else 8, 2)
-    if arch >= 100 and problem.dropout_seed is not None:
-        return _cut(problem, 128, 32, 8, 2)
     if arch >= 100 and bounded:
         return _cut(problem, 64, 64, 8, 2)
+    if arch >= 100 and (narrow or problem.dropout_seed is not None):
+        return _cut(problem, 128, 32, 8, 2)
     wide_keys = arch == 90 and narrow and problem.T <= 8192 and problem.dropout_seed is None
     return _cut(problem, 128, 128 if wide_keys else 64, 8, 2)
 
@@ -162,6 +162,8 @@ def keys_config(problem: Problem) -> Config:
         return _cut(problem, 32, 32, 4, 2)
     if light and problem.T <= 8192 and not problem.causal:
         return _cut(problem, 64, 128, 8, 3 if problem.arch == 90 else 2)
+    if problem.arch == 90 and problem.D > 64:
+        return _cut(problem, 32, 32 if problem.dropout_seed is not None else 128, 8, 3)
     return _cut(problem, 32, 128, 8, 2)
 
 

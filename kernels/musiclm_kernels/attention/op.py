@@ -14,6 +14,7 @@ from musiclm_kernels.checks import (
     check_finite,
     check_shape,
 )
+from musiclm_kernels.layout import empty_rows_like
 from musiclm_kernels.registry import define_op, refuse_to_differentiate
 
 _ARGUMENTS = (
@@ -25,7 +26,7 @@ _ARGUMENTS = (
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=wide)
 
 
 def _fake_backward(
@@ -44,7 +45,7 @@ def _fake_backward(
         if wants_table and table is not None
         else lse.new_empty(q.shape[1], 0)
     )
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_table
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), grad_table
 
 
 _attention = define_op(
@@ -65,6 +66,7 @@ _attention_backward = define_op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the log-sum has none, and zeros for it would be a launch
     q, k, v, table, q_codes, k_codes, offset, causal, key_mask, scale, *rest = inputs
     dropout, dropout_seed, score_bound, grid_rows = rest
     tensors = (table, q_codes, k_codes, key_mask, dropout_seed, score_bound)
@@ -73,7 +75,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.dropout, ctx.grid_rows = dropout, grid_rows
 
 
-def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 14
     q, k, v, out, lse, table, q_codes, k_codes, key_mask, seed, bound = ctx.saved_tensors
     wants_table = ctx.needs_input_grad[3]
     grad_q, grad_k, grad_v, grad_table = _attention_backward(
@@ -129,7 +133,7 @@ def biased_attention(
             1 - dropout (attention dropout, as in PyTorch's scaled_dot_product_attention).
         dropout_seed: an int, or int64 []; None draws it from torch's generator. Which weights stay
             is Philox of the seed and of their place, the same on every device.
-        score_bound: [H] float32, a promise that scale * q k^T never exceeds it: with normalised
+        score_bound: [H] float32, a promise that |scale * q k^T| never exceeds it: with normalised
             queries and keys it does not. The kernel then needs no running maximum. Ignored where
             the bound and the table's range leave less room than fp32 has, and in float16.
         grid_rows: R, where codes are column * (2 R - 1) + row, 0 <= row < R, of tokens on a grid;
@@ -137,7 +141,7 @@ def biased_attention(
             is fastest if this is true.
 
     Returns:
-        [B, H, N, D], packed, in q's dtype. Every sum runs in fp32, or fp64 for float64 inputs. On
+        [B, H, N, D] in q's dtype and layout. Every sum runs in fp32, or fp64 for float64 inputs. On
         CUDA, products of float32 inputs are exact unless torch.set_float32_matmul_precision is
         lower than "highest": then they are tf32.
 

@@ -11,6 +11,8 @@ Tokens that stand in no slot (codes outside the grid, a second token with the sa
 on the way. Pairs with one of them are added as 64-bit integers, of which the order does not matter.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ from musiclm_kernels.attention.tile import (
 
 SCANNED = 64  # slots, and tokens, that are compared together
 DIFFERENCES = 64  # code differences, or table entries, of a program that adds up
+FOUND = 1024  # tokens that are looked at together for strays
 SPAN = 4  # slots for each token, at most; tokens beyond count as being outside the grid
 PROGRAMS = 1024  # to share the work of all distances among: some waves of any GPU
 
@@ -45,7 +48,7 @@ def table_gradient(
     """[H, T] float32, the launcher.
 
     Args:
-        grad_out: [B, H, N, D], packed.
+        grad_out: [B, H, N, D].
         log_sums, deltas: [B, H, rows] as the backward pass prepares them.
         words: [B or 1, rows] words of the queries' codes.
     """
@@ -59,6 +62,9 @@ def table_gradient(
     width = max(triton.cdiv((T + 1) // 2, S), triton.cdiv(max(N, M), R))
     width = min(width, SPAN * triton.cdiv(max(N, M), R))
     num_blocks = triton.cdiv(width, columns)
+    reach = num_blocks * columns * S  # differences of codes lie within +-(reach - 1)
+    # An offset beyond reads the same end of the table for all of them, and could overflow.
+    problem = replace(problem, offset=max(-reach, min(problem.offset, T - 1 + reach)))
     slots = num_blocks * columns * R
     # Longer walks where there is more to do than programs; each walk leaves one tile behind.
     walk = triton.cdiv(B * num_blocks * num_blocks * H, PROGRAMS)
@@ -67,41 +73,43 @@ def table_gradient(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    scans = triton.cdiv(slots, SCANNED)
-    token_of = {}
-    filled = {}
-    for name, codes in (("q", q_codes), ("k", k_codes)):
-        token_of[name] = empty(len(codes), slots, dtype=torch.int32)
-        filled[name] = empty(len(codes), scans, dtype=torch.int32)
-        _fill_slots[(scans, len(codes))](
-            codes, token_of[name], filled[name], codes.shape[1], slots, scans, R, SCANNED
-        )
+    def fill_slots(codes: Tensor) -> tuple[Tensor, Tensor]:
+        token_of = empty(len(codes), slots, dtype=torch.int32)
+        strays = empty(len(codes), 2, dtype=torch.int32)
+        grid = (triton.cdiv(slots, SCANNED) * len(codes),)
+        _fill_slots[grid](codes, token_of, codes.shape[1], slots, R, SCANNED)
+        _find_strays[(len(codes),)](codes, token_of, strays, codes.shape[1], slots, R, FOUND)
+        return token_of, strays
+
+    q_token, q_strays = fill_slots(q_codes)
+    k_token, k_strays = (q_token, q_strays) if k_codes is q_codes else fill_slots(k_codes)
     tiles = empty(H, 2 * num_blocks - 1, walks, block, block)
     constants = problem.constants
     shared = {name: constants[name] for name in ("GROUP", "D", "BLOCK_D", "CAUSAL", "PRECISION")}
     _walk_diagonals[(walks, 2 * num_blocks - 1, H)](
-        q, k, v, table, key_mask, seed, grad_out, log_sums, deltas, token_of["q"], token_of["k"],
-        tiles, B, rows, *problem.sizes, *problem.strides, slots, num_blocks, walk, walks,
+        q, k, v, table, key_mask, seed, grad_out, log_sums, deltas, q_token, k_token,
+        tiles, B, *grad_out.stride()[:3], rows, *problem.sizes, *problem.strides, slots, num_blocks, walk, walks,
         0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, block, **shared,
-        num_warps=8 if q.dtype == torch.float32 or problem.D > 64 else 4, num_stages=2,
+        num_warps=4 if problem.D <= 64 else 8,
+        num_stages=2 if seed is not None or q.dtype == torch.float32 else 3,
     )  # fmt: skip
 
-    reach = num_blocks * columns * S  # differences of codes lie within +-(reach - 1)
     sums = empty(H, 2 * reach - 1)
     _add_diagonals[(triton.cdiv(2 * reach - 1, DIFFERENCES), H)](
-        tiles, sums, B, reach, num_blocks, walk, walks, R, block, DIFFERENCES
+        tiles, sums, B, reach, num_blocks, walk, walks, R, block, DIFFERENCES, num_warps=8
     )
 
-    stray_q = 16 if q.dtype == torch.float32 and problem.D > 64 else block
-    stray_k = max(16, stray_q // 2)
+    wide = problem.D > 64
+    stray_q = 16 if wide and block == 32 else block
+    stray_k = 16 if wide else block // 2
     blocks_q, blocks_k = triton.cdiv(N, stray_q), triton.cdiv(M, stray_k)
     peaks = empty(B * H * blocks_q)
     strays = torch.zeros(H, T, dtype=torch.int64, device=q.device)
     for adding in (False, True):
         _add_strays[(B * H * blocks_q,)](
             q, k, v, table, q_codes, k_codes, key_mask, seed, grad_out, log_sums, deltas,
-            words, token_of["q"], token_of["k"], filled["q"], filled["k"], peaks, strays,
-            B, rows, *problem.sizes, *problem.strides, slots, scans, blocks_q, blocks_k,
+            words, q_token, k_token, q_strays, k_strays, peaks, strays,
+            B, *grad_out.stride()[:3], rows, *problem.sizes, *problem.strides, slots, blocks_q, blocks_k,
             0 if len(q_codes) == 1 else 1, 0 if len(k_codes) == 1 else 1, R, stray_q, stray_k, adding,
             **shared, num_warps=8, num_stages=1,
         )  # fmt: skip
@@ -123,20 +131,19 @@ def table_gradient(
     return grad_table
 
 
-@triton.jit(do_not_specialize=["count", "slots", "scans"])
+@triton.jit(do_not_specialize=["count", "slots"])
 def _fill_slots(
     code_ptr,  # [rows, count]
     token_ptr,  # [rows, slots]
-    filled_ptr,  # [rows, scans]
     count,
     slots,
-    scans,
     R: tl.constexpr,
     SCANNED: tl.constexpr,
 ):
-    """The first token with each slot's code, or -1, and how many of the slots have one."""
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * SCANNED + tl.arange(0, SCANNED)
+    """The first token with each slot's code, or -1."""
+    num_blocks = tl.cdiv(slots, SCANNED)
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    slot = tl.program_id(0) % num_blocks * SCANNED + tl.arange(0, SCANNED)
     code = slot // R * (2 * R - 1) + slot % R
     token = tl.arange(0, SCANNED)
     found = tl.full([SCANNED], count, tl.int32)
@@ -145,12 +152,47 @@ def _fill_slots(
         other = tl.load(code_ptr + row * count + start + token, mask=inside, other=-1)
         match = tl.where(other[None, :] == code[:, None], (start + token)[None, :], count)
         found = tl.minimum(found, tl.min(match, 1))
-    has = (found < count) & (slot < slots)
-    tl.store(token_ptr + row * slots + slot, tl.where(has, found, -1), mask=slot < slots)
-    tl.store(filled_ptr + row * scans + tl.program_id(0), tl.sum(has.to(tl.int32)))
+    tl.store(token_ptr + row * slots + slot, tl.where(found < count, found, -1), mask=slot < slots)
 
 
-@triton.jit(do_not_specialize=["B", "offset", "H", "N", "M", "T", "rate_31", "slots", "num_blocks"])
+@triton.jit
+def _is_stray(code, place, token_ptr, slots, R: tl.constexpr):
+    """Whether the token at each place stands in no slot."""
+    S: tl.constexpr = 2 * R - 1
+    slot = code // S * R + code % S
+    inside = (code >= 0) & (code % S < R) & (slot < slots)
+    return tl.load(token_ptr + slot, mask=inside, other=-1) != place
+
+
+@triton.jit(do_not_specialize=["count", "slots"])
+def _find_strays(
+    code_ptr,  # [rows, count]
+    token_ptr,  # [rows, slots]
+    stray_ptr,  # [rows, 2]
+    count,
+    slots,
+    R: tl.constexpr,
+    FOUND: tl.constexpr,
+):
+    """The first and the last token that stands in no slot: [count, -1] if there is none."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.full([FOUND], count, tl.int32)
+    last = tl.full([FOUND], -1, tl.int32)
+    for start in tl.range(0, count, FOUND):
+        place = start + tl.arange(0, FOUND)
+        code = tl.load(code_ptr + row * count + place, mask=place < count, other=0)
+        stray = _is_stray(code, place, token_ptr + row * slots, slots, R) & (place < count)
+        first = tl.minimum(first, tl.where(stray, place, count))
+        last = tl.maximum(last, tl.where(stray, place, -1))
+    tl.store(stray_ptr + row * 2, tl.min(first))
+    tl.store(stray_ptr + row * 2 + 1, tl.max(last))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "B", "offset", "H", "N", "M", "T", "rate_31", "slots", "num_blocks", "walk", "walks",
+    ]
+)  # fmt: skip
 def _walk_diagonals(
     q_ptr,  # [B, H, N, D]
     k_ptr,  # [B, Hkv, M, D]
@@ -158,13 +200,16 @@ def _walk_diagonals(
     table_ptr,  # [H, T]
     key_mask_ptr,  # [B, M] or None
     seed_ptr,  # [] or None
-    grad_out_ptr,  # [B, H, N, D], packed
+    grad_out_ptr,  # [B, H, N, D]
     log_sum_ptr,  # [B, H, rows], packed
     delta_ptr,  # [B, H, rows], packed
     q_token_ptr,  # [B or 1, slots]
     k_token_ptr,  # [B or 1, slots]
     tile_ptr,  # [H, 2 * num_blocks - 1, walks, BLOCK, BLOCK]
     B,
+    stride_wb,
+    stride_wh,
+    stride_wn,
     rows,
     offset,
     H,
@@ -233,11 +278,11 @@ def _walk_diagonals(
         at_v = (b * stride_vb + kv * stride_vh + column.to(tl.int64) * stride_vn)[:, None] + d[
             None, :
         ]
-        at_out = ((batch_head * N + row) * D)[:, None] + d[None, :]
+        at_w = (b * stride_wb + h * stride_wh + row.to(tl.int64) * stride_wn)[:, None] + d[None, :]
         q = tl.load(q_ptr + at_q, mask=there_q[:, None] & inside_d, other=0.0)
         k = tl.load(k_ptr + at_k, mask=there_k[:, None] & inside_d, other=0.0)
         v = tl.load(v_ptr + at_v, mask=there_k[:, None] & inside_d, other=0.0)
-        grad_out = tl.load(grad_out_ptr + at_out, mask=there_q[:, None] & inside_d, other=0.0)
+        grad_out = tl.load(grad_out_ptr + at_w, mask=there_q[:, None] & inside_d, other=0.0)
         at_row = batch_head * rows + row
         log_sum = tl.load(log_sum_ptr + at_row, mask=there_q, other=float("inf"))
         delta = tl.load(delta_ptr + at_row, mask=there_q, other=0.0)
@@ -280,50 +325,33 @@ def _add_diagonals(
     h = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0) * DIFFERENCES + tl.arange(0, DIFFERENCES)
     # reach is a multiple of S, so the shift to positive numbers keeps the remainder
-    shifted = number + 1 + (R - 1)  # difference + reach + R - 1
+    shifted = (number + 1 + (R - 1))[None, :]  # difference + reach + R - 1
     down = shifted % S - (R - 1)  # rows, query minus key
     across = shifted // S - reach // S  # columns
-    total = tl.zeros([DIFFERENCES], tl.float32)
-    for place in tl.range(0, COLUMNS * R):
-        x, y = place // R, place % R
-        # the one distance of blocks at which a key `across` columns back lies in a block
-        distance = (across - x + (COLUMNS - 1) + reach) // COLUMNS - reach // COLUMNS
-        x_key = x + distance * COLUMNS - across
-        y_key = y - down
-        exists = (number < 2 * reach - 1) & (y_key >= 0) & (y_key < R)
-        exists &= tl.abs(distance) < num_blocks
-        walked = tl.cdiv(B * (num_blocks - tl.abs(distance)), walk)
-        tile = (h * (2 * num_blocks - 1) + distance + num_blocks - 1) * walks
-        at = place * BLOCK + x_key * R + y_key
-        for w in tl.range(0, walks):
-            where = tile_ptr + (tile + w) * BLOCK * BLOCK + at
-            total += tl.load(where, mask=exists & (w < walked), other=0.0)
-    tl.store(sum_ptr + h * (2 * reach - 1) + number, total, mask=number < 2 * reach - 1)
-
-
-@triton.jit
-def _slot(code, slots, R: tl.constexpr):
-    """The slot of each code, or -1 where it lies outside the grid."""
-    S: tl.constexpr = 2 * R - 1
-    slot = code // S * R + code % S
-    return tl.where((code >= 0) & (code % S < R) & (slot < slots), slot, -1)
+    place = tl.arange(0, BLOCK)[:, None]
+    x, y = place // R, place % R
+    # the one distance of blocks at which a key `across` columns back lies in a block
+    distance = (across - x + (COLUMNS - 1) + reach) // COLUMNS - reach // COLUMNS
+    x_key = x + distance * COLUMNS - across
+    y_key = y - down
+    exists = (place < COLUMNS * R) & (number < 2 * reach - 1)[None, :]
+    exists &= (y_key >= 0) & (y_key < R) & (tl.abs(distance) < num_blocks)
+    walked = tl.where(exists, tl.cdiv(B * (num_blocks - tl.abs(distance)), walk), 0)
+    tile = (h * (2 * num_blocks - 1) + distance + num_blocks - 1) * walks
+    at = tile_ptr + tile * BLOCK * BLOCK + place * BLOCK + x_key * R + y_key
+    total = tl.zeros([BLOCK, DIFFERENCES], tl.float32)
+    for w in tl.range(0, walks):
+        total += tl.load(at, mask=w < walked, other=0.0)
+        at += BLOCK * BLOCK
+    inside = number < 2 * reach - 1
+    tl.store(sum_ptr + h * (2 * reach - 1) + number, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=[
-        "B",
-        "offset",
-        "H",
-        "N",
-        "M",
-        "T",
-        "rate_31",
-        "slots",
-        "scans",
-        "blocks_q",
-        "blocks_k",
+        "B", "offset", "H", "N", "M", "T", "rate_31", "slots", "blocks_q", "blocks_k",
     ]
-)
+)  # fmt: skip
 def _add_strays(
     q_ptr,  # [B, H, N, D]
     k_ptr,  # [B, Hkv, M, D]
@@ -333,17 +361,20 @@ def _add_strays(
     k_code_ptr,  # [B or 1, M]
     key_mask_ptr,  # [B, M] or None
     seed_ptr,  # [] or None
-    grad_out_ptr,  # [B, H, N, D], packed
+    grad_out_ptr,  # [B, H, N, D]
     log_sum_ptr,  # [B, H, rows], packed
     delta_ptr,  # [B, H, rows], packed
     q_word_ptr,  # [B or 1, rows]
     q_token_ptr,  # [B or 1, slots]
     k_token_ptr,  # [B or 1, slots]
-    q_filled_ptr,  # [B or 1, scans]
-    k_filled_ptr,  # [B or 1, scans]
+    q_stray_ptr,  # [B or 1, 2]
+    k_stray_ptr,  # [B or 1, 2]
     peak_ptr,  # [programs]
     stray_ptr,  # [H, T] int64
     B,
+    stride_wb,
+    stride_wh,
+    stride_wn,
     rows,
     offset,
     H,
@@ -365,7 +396,6 @@ def _add_strays(
     stride_q_code,
     stride_k_code,
     slots,
-    scans,
     blocks_q,
     blocks_k,
     Q_BATCHED: tl.constexpr,
@@ -386,28 +416,26 @@ def _add_strays(
     batch_head = (program // blocks_q).to(tl.int64)
     b = batch_head // H
     h = batch_head % H
-    count = tl.arange(0, 1)
-    placed_q = count * 0
-    placed_k = count * 0
-    for scan in tl.range(0, scans):
-        placed_q += tl.load(q_filled_ptr + b * Q_BATCHED * scans + scan + count)
-        placed_k += tl.load(k_filled_ptr + b * K_BATCHED * scans + scan + count)
-    none = (tl.sum(placed_q) == N) & (tl.sum(placed_k) == M)
+    start = program % blocks_q * BLOCK_Q
+    first_k = tl.load(k_stray_ptr + b * K_BATCHED * 2)
+    last_k = tl.load(k_stray_ptr + b * K_BATCHED * 2 + 1)
+    # All keys, if one of these queries may be a stray; else those around the keys that are.
+    all_keys = tl.load(q_stray_ptr + b * Q_BATCHED * 2) < start + BLOCK_Q
+    all_keys &= tl.load(q_stray_ptr + b * Q_BATCHED * 2 + 1) >= start
+    begin = tl.where(all_keys, 0, first_k // BLOCK_K)
+    end = tl.where(all_keys, blocks_k, last_k // BLOCK_K + 1)
     peak = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    if not none:
-        start = program % blocks_q * BLOCK_Q
+    if all_keys | (last_k >= 0):
         row = start + tl.arange(0, BLOCK_Q)
-        first = batch_head * N + start
         q_ptr += b * stride_qb + h * stride_qh + tl.cast(start, tl.int64) * stride_qn
         q = load_rows(q_ptr, stride_qn, N - start, D, BLOCK_Q, BLOCK_D, True)
-        grad_out = load_rows(grad_out_ptr + first * D, D, N - start, D, BLOCK_Q, BLOCK_D, True)
+        grad_out_ptr += b * stride_wb + h * stride_wh + tl.cast(start, tl.int64) * stride_wn
+        grad_out = load_rows(grad_out_ptr, stride_wn, N - start, D, BLOCK_Q, BLOCK_D, True)
         log_sum = tl.load(log_sum_ptr + batch_head * rows + row)
         delta = tl.load(delta_ptr + batch_head * rows + row)
         word_q = tl.load(q_word_ptr + b * Q_BATCHED * rows + row)
         code = tl.load(q_code_ptr + b * stride_q_code + tl.minimum(row, N - 1))
-        slot = _slot(code, slots, R)
-        token = tl.load(q_token_ptr + b * Q_BATCHED * slots + slot, mask=slot >= 0, other=-1)
-        stray_q = token != row
+        stray_q = _is_stray(code, row, q_token_ptr + b * Q_BATCHED * slots, slots, R)
         k_ptr += b * stride_kb + h // GROUP * stride_kh
         v_ptr += b * stride_vb + h // GROUP * stride_vh
         if key_mask_ptr is not None:
@@ -415,15 +443,12 @@ def _add_strays(
         unit = 0.0
         if ADDING:
             unit = _units(peak_ptr, tl.num_programs(0), B, N, M)
-        for block in tl.range(0, blocks_k):
+        for block in tl.range(begin, end):
             start_k = block * BLOCK_K
             column = start_k + tl.arange(0, BLOCK_K)
             k_code = tl.load(k_code_ptr + b * stride_k_code + tl.minimum(column, M - 1))
-            k_slot = _slot(k_code, slots, R)
-            k_token = tl.load(
-                k_token_ptr + b * K_BATCHED * slots + k_slot, mask=k_slot >= 0, other=-1
-            )
-            stray = stray_q[:, None] | (k_token != column)[None, :]
+            stray_k = _is_stray(k_code, column, k_token_ptr + b * K_BATCHED * slots, slots, R)
+            stray = stray_q[:, None] | stray_k[None, :]
             stray &= (row < N)[:, None] & (column < M)[None, :]
             if tl.max(stray.to(tl.int32)) > 0:
                 here = tl.cast(start_k, tl.int64)
@@ -470,7 +495,7 @@ def _units(peak_ptr, count, B, N, M):
         at = start + tl.arange(0, SCAN)
         peak = tl.maximum(peak, tl.load(peak_ptr + at, mask=at < count, other=0.0))
     pairs = tl.cast(B, tl.float32) * tl.cast(N, tl.float32) * tl.cast(M, tl.float32)
-    most = tl.maximum(tl.max(peak) * pairs, 1e-30)
+    most = tl.maximum(tl.max(peak) * pairs, 1e-18)
     return tl.exp2(60.0 - tl.ceil(tl.log2(most)))
 
 

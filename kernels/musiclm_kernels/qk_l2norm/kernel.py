@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from musiclm_kernels.qk_l2norm.reference import EPSILON, empty_gradient
+from musiclm_kernels.layout import empty_rows_like
+from musiclm_kernels.qk_l2norm.reference import EPSILON
 
 # One program's tile of q or k. A forward thread holds 32 of its elements: four loads of 16 bytes in
 # flight in bf16. A backward thread holds 16 of each of three tiles: with 32, ptxas 12.8 spilled at D 128.
@@ -49,13 +50,16 @@ def _inverse_lengths(x, EPSILON: tl.constexpr):
 def _forward_block(
     x_ptr,  # [B, H, N, D], strided
     scale_ptr,  # [D] or [H, D]
-    out_ptr,  # [B, H, N, D], packed
+    out_ptr,  # [B, H, N, D], strided
     program,
     H,
     N,
     stride_xb,
     stride_xh,
     stride_xn,
+    stride_yb,  # of out
+    stride_yh,
+    stride_yn,
     stride_scale_h,
     EPSILON: tl.constexpr,
     D: tl.constexpr,
@@ -75,7 +79,7 @@ def _forward_block(
     inverse, _ = _inverse_lengths(x, EPSILON)
     out = x * inverse[:, None] * scale.to(tl.float32)[None, :]
 
-    offsets = (head.to(tl.int64) * N + rows)[:, None] * D + columns[None, :]
+    offsets = b * stride_yb + h * stride_yh + rows[:, None] * stride_yn + columns[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -85,8 +89,8 @@ def _forward_kernel(
     k_ptr,  # [B, Hkv, M, D], strided
     q_scale_ptr,  # [D] or [H, D]
     k_scale_ptr,  # [D] or [Hkv, D]
-    q_out_ptr,  # [B, H, N, D], packed
-    k_out_ptr,  # [B, Hkv, M, D], packed
+    q_out_ptr,  # [B, H, N, D], strided
+    k_out_ptr,  # [B, Hkv, M, D], strided
     num_q_programs,
     H,
     Hkv,
@@ -98,6 +102,12 @@ def _forward_kernel(
     stride_kb,
     stride_kh,
     stride_km,
+    stride_yqb,
+    stride_yqh,
+    stride_yqn,
+    stride_ykb,
+    stride_ykh,
+    stride_ykm,
     stride_q_scale_h,
     stride_k_scale_h,
     EPSILON: tl.constexpr,
@@ -109,13 +119,13 @@ def _forward_kernel(
     if program < num_q_programs:
         _forward_block(
             q_ptr, q_scale_ptr, q_out_ptr, program, H, N,
-            stride_qb, stride_qh, stride_qn, stride_q_scale_h,
+            stride_qb, stride_qh, stride_qn, stride_yqb, stride_yqh, stride_yqn, stride_q_scale_h,
             EPSILON, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _forward_block(
             k_ptr, k_scale_ptr, k_out_ptr, program - num_q_programs, Hkv, M,
-            stride_kb, stride_kh, stride_km, stride_k_scale_h,
+            stride_kb, stride_kh, stride_km, stride_ykb, stride_ykh, stride_ykm, stride_k_scale_h,
             EPSILON, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -293,9 +303,9 @@ def _sum_partials_kernel(
 
 def qk_l2norm(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The op's body on CUDA: see op.py."""
+    q_out, k_out = empty_rows_like(q), empty_rows_like(k)
     q, k, q_scale, k_scale = _with_rows_packed(q, k, q_scale, k_scale)
     (B, H, N, D), (_, Hkv, M, _) = q.shape, k.shape
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
 
     BLOCK_N, BLOCK_D, num_warps = _tile(max(N, M), D, FORWARD_ELEMENTS_PER_WARP)
     num_q_programs = B * H * triton.cdiv(N, BLOCK_N)
@@ -304,7 +314,8 @@ def qk_l2norm(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor) -> tuple[T
         _forward_kernel[(num_programs,)](
             q, k, q_scale, k_scale, q_out, k_out,
             num_q_programs, H, Hkv, N, M,
-            *q.stride()[:3], *k.stride()[:3], *_head_strides(q_scale, k_scale),
+            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
+            *_head_strides(q_scale, k_scale),
             EPSILON=EPSILON, D=D, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip
     return q_out, k_out
@@ -319,7 +330,7 @@ def qk_l2norm_backward(
     k_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward op's body on CUDA: two launches, the rows and then the sums they leave."""
-    grad_q, grad_k = empty_gradient(q), empty_gradient(k)
+    grad_q, grad_k = empty_rows_like(q), empty_rows_like(k)
     grad_q_out, grad_k_out, q, k, q_scale, k_scale = _with_rows_packed(
         grad_q_out, grad_k_out, q, k, q_scale, k_scale
     )

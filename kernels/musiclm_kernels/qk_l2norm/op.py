@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from musiclm_kernels.checks import FLOATS, check_device, check_dims, check_dtype, check_shape
+from musiclm_kernels.layout import empty_rows_like
 from musiclm_kernels.qk_l2norm import reference
 from musiclm_kernels.registry import define_op, refuse_to_differentiate
 
@@ -13,7 +14,7 @@ MAX_D = 256  # the kernel holds whole rows in registers, and has been compiled u
 
 
 def _fake(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return empty_rows_like(q), empty_rows_like(k)
 
 
 def _fake_backward(
@@ -24,7 +25,7 @@ def _fake_backward(
     q_scale: Tensor,
     k_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k = reference.empty_gradient(q), reference.empty_gradient(k)
+    grad_q, grad_k = empty_rows_like(q), empty_rows_like(k)
     return grad_q, grad_k, q_scale.new_empty(q_scale.shape), k_scale.new_empty(k_scale.shape)
 
 
@@ -65,9 +66,10 @@ def qk_l2norm(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor) -> tuple[T
         q'[b, h, n] = q[b, h, n] / max(|q[b, h, n]|, 1e-12) * q_scale[h], and the same for k
 
     One pass before attention, whose scores are then bounded by the scales. Reads q and k through
-    their strides, so that a projection [B, N, H, D] viewed as [B, H, N, D] is not copied first.
-    Differentiable, once, in all four; the scales' gradients are the same bits on every run, and a
-    zero row's is what autograd of the formula gives: its length is the constant 1e-12.
+    their strides and writes in their layout, so that a projection [B, N, H, D] viewed as
+    [B, H, N, D] is copied neither before nor after. Differentiable, once, in all four; the scales'
+    gradients are the same bits on every run, and a zero row's is what autograd of the formula
+    gives: its length is the constant 1e-12.
 
     Args:
         q: [B, H, N, D], any float dtype, D from 1 to 256.
@@ -76,8 +78,9 @@ def qk_l2norm(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor) -> tuple[T
         k_scale: [D], or [Hkv, D]; float32 or q's dtype.
 
     Returns:
-        q' [B, H, N, D] and k' [B, Hkv, M, D], packed, in q's dtype. Every sum runs in fp32, or
-        fp64 for float64 inputs, and each element is rounded once.
+        q' [B, H, N, D] and k' [B, Hkv, M, D] in q's dtype, each in the layout of its input without
+        the gaps; packed where the input's last stride is not 1. The same goes for gradients. Every
+        sum runs in fp32, or fp64 for float64 inputs, and each element is rounded once.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.

@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musiclm_kernels.layout import empty_rows_like
+
 EPSILON = 1e-12  # F.normalize's: the least length that is divided by
 
 
 def qk_l2norm(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """q / max(|q|, 1e-12) * q_scale, and the same for k. In at least fp32, rounded once."""
+    """q / max(|q|, 1e-12) * q_scale, and the same for k. In at least fp32, rounded once. Laid
+    out by `empty_rows_like`, as the gradients are."""
     return _normalize(q, q_scale), _normalize(k, k_scale)
 
 
@@ -23,23 +26,16 @@ def qk_l2norm_backward(
     q_scale: Tensor,
     k_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q and k, laid out by `empty_gradient`, and of both scales."""
+    """Gradients of q and k, and of both scales."""
     grad_q, grad_q_scale = _normalize_backward(grad_q_out, q, q_scale)
     grad_k, grad_k_scale = _normalize_backward(grad_k_out, k, k_scale)
     return grad_q, grad_k, grad_q_scale, grad_k_scale
 
 
-def empty_gradient(x: Tensor) -> Tensor:
-    """In the layout of x, without its gaps, so that a projection's gradient goes back into its
-    matrix product uncopied; packed where the rows of x are not."""
-    gradient = torch.empty_like(x)
-    return gradient if gradient.stride(-1) == 1 else x.new_empty(x.shape)
-
-
 def _normalize(x: Tensor, scale: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     out = F.normalize(x.to(wide), dim=-1, eps=EPSILON) * _per_row(scale).to(wide)
-    return x.new_empty(x.shape).copy_(out)
+    return empty_rows_like(x).copy_(out)
 
 
 def _normalize_backward(grad_out: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +49,7 @@ def _normalize_backward(grad_out: Tensor, x: Tensor, scale: Tensor) -> tuple[Ten
     along = (grad_unit * unit).sum(-1, keepdim=True)
     # Where the clamp holds, the length does not follow x.
     along = along.masked_fill(norm < EPSILON, 0.0)
-    grad_x = empty_gradient(x).copy_((grad_unit - along * unit) / length)
+    grad_x = empty_rows_like(x).copy_((grad_unit - along * unit) / length)
 
     shared = (0, 2) if scale.dim() == 2 else (0, 1, 2)
     return grad_x, (grad_out * unit).sum(shared).to(scale.dtype)
