@@ -18,7 +18,7 @@ WORST_FACTOR = 4.0
 # Below this, relative errors of float32 are luck, the yardstick's too: the bias of a layer in an MLP
 # that makes attention biases has a gradient of which almost nothing is left, since the gradients of
 # a softmax sum to zero in each row. TF32 would err by 3e-4.
-RELATIVE_NOISE = 3e-5
+RELATIVE_NOISE = 1e-5
 
 
 @dataclass(frozen=True)
