@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+
+import torch
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -47,3 +50,8 @@ class Variant:
     launch: Callable[[], object]
     promises: Promises = field(default=Promises())
     archs: tuple[int, ...] = ARCHITECTURES
+
+
+meta = partial(torch.empty, device="meta")
+SUMS_IN_ORDER = Promises(no_float_atomics=True)
+DOTS = Promises(tensor_cores=ASYNCHRONOUS_DOTS, no_float_atomics=True, no_async_gathers=True)

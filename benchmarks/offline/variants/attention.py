@@ -1,21 +1,16 @@
-"""The launches we ship, one line each."""
+"""The launches of attention with a bias from a table."""
 
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.offline.promises import ASYNCHRONOUS_DOTS, Promises, Variant
+from benchmarks.offline.promises import DOTS, SUMS_IN_ORDER, Variant, meta
 from musiclm_kernels.attention.backward import attention_backward
 from musiclm_kernels.attention.forward import attention_and_lse
-from musiclm_kernels.qk_l2norm.kernel import qk_l2norm, qk_l2norm_backward
 
-meta = partial(torch.empty, device="meta")
 B, H = 2, 8
 ROWS, COLUMNS = 8, 62  # the patches of ten seconds
-SUMS_IN_ORDER = Promises(no_float_atomics=True)
-DOTS = Promises(tensor_cores=ASYNCHRONOUS_DOTS, no_float_atomics=True, no_async_gathers=True)
 
 
 def attention(
@@ -53,15 +48,6 @@ def attention(
     return attention_backward(q, q, k, v, q, lse, *options, T is not None)
 
 
-def norms(backward: bool, dtype: torch.dtype, D: int) -> Any:
-    """Launch on queries and keys as a projection leaves them."""
-    x: Tensor = meta(B, ROWS * COLUMNS, H, D, dtype=dtype).transpose(1, 2)
-    scale = meta(D, dtype=torch.float32)
-    if backward:
-        return qk_l2norm_backward(x, x, x, x, scale, scale)
-    return qk_l2norm(x, x, scale, scale)
-
-
 # One for each path through the kernels, and each family of tiles.
 ATTENTION: dict[str, dict[str, Any]] = {
     "bf16 d64 grid": {},
@@ -80,9 +66,8 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "fp32 d64 grid": {"dtype": torch.float32},
     "fp32 d128 line causal": {"dtype": torch.float32, "D": 128, "T": 991, "causal": True},
 }
-NORMS = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)]
 
-VARIANTS: list[Variant] = [
+VARIANTS = [
     Variant(
         f"attention {'backward' if backward else 'forward'} {name}",
         partial(attention, backward, **case),
@@ -90,12 +75,4 @@ VARIANTS: list[Variant] = [
     )
     for backward in (False, True)
     for name, case in ATTENTION.items()
-] + [
-    Variant(
-        f"qk_l2norm {'backward' if backward else 'forward'} {str(dtype)[6:]} d{D}",
-        partial(norms, backward, dtype, D),
-        SUMS_IN_ORDER,
-    )
-    for backward in (False, True)
-    for dtype, D in NORMS
 ]
