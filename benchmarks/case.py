@@ -81,6 +81,8 @@ class Suite(Generic[C]):
     plain: Callable[[C, Tensors], Tensors]
     providers: tuple[Provider[C], ...]
     baseline: str  # the provider that the table compares with
+    # Cases that a GPU session checks and does not time: sizes around the sides of a tile, options
+    checks: Callable[[], list[C]] = list
 
 
 def to_float64(tensors: Tensors) -> Tensors:

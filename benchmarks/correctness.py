@@ -14,7 +14,7 @@ import torch
 from benchmarks.attention import AttentionCase, make_inputs
 from benchmarks.case import Tensors, to_float64
 from benchmarks.gate import judge
-from benchmarks.record import WRONG, Recorder, Row
+from benchmarks.record import FAILED, RIGHT, WRONG, Recorder, Row
 from musiclm_kernels import biased_attention
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -103,10 +103,10 @@ def check(case: AttentionCase, option: Option, device: torch.device) -> Row:
         truth = attend(case, option, to_float64(inputs))
         verdict = judge(results, truth, attend(case, option, inputs), noise=NOISE)
     except (RuntimeError, ValueError) as error:
-        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return {**row, "status": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
     if not verdict.passed:
         return {**row, "status": WRONG, "reason": verdict.failure}
-    return {**row, "status": "right", "errors": verdict.as_row()}
+    return {**row, "status": RIGHT, "errors": verdict.as_row()}
 
 
 def cases() -> Iterator[tuple[AttentionCase, Option]]:
@@ -135,7 +135,7 @@ def run(device: torch.device, recorder: Recorder | None, deadline: float = float
         row = check(case, option, device)
         if recorder is not None:
             recorder.append([row])
-        if row["status"] == "right":
+        if row["status"] == RIGHT:
             num_right += 1
         else:
             num_bad += 1

@@ -28,6 +28,8 @@ TIMED = "timed"
 CANNOT_RUN = "cannot run"
 WRONG = "wrong"
 ABOVE_ROOF = "above the roof"
+RIGHT = "right"  # checked, not meant to be timed
+FAILED = "failed"
 
 
 class Recorder:

@@ -20,6 +20,8 @@ from benchmarks.nvml import gpu_state
 from benchmarks.record import (
     ABOVE_ROOF,
     CANNOT_RUN,
+    FAILED,
+    RIGHT,
     TIMED,
     WRONG,
     Recorder,
@@ -212,6 +214,50 @@ def run_suite(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return num_bad
+
+
+def check_suite(
+    suite: Suite[C],
+    device: torch.device,
+    recorder: Recorder | None,
+    deadline: float = float("inf"),
+) -> int:
+    """Pass our results of a suite's `checks` through the gate, untimed, writing each down.
+
+    Args:
+        deadline: on `time.monotonic`'s clock; no check starts after it.
+
+    Returns:
+        How many were not right.
+    """
+    ours = suite.providers[0]
+    num_right = num_bad = 0
+    for case in suite.checks():
+        if time.monotonic() > deadline:
+            print(f"{suite.name}: no time left for {case.name} and what follows", flush=True)
+            break
+        row = _check(suite, case, ours, device)
+        if recorder is not None:
+            recorder.append([row])
+        if row["status"] == RIGHT:
+            num_right += 1
+        else:
+            num_bad += 1
+            print(f"{row['case']}: {row['status']}: {row['reason']}", flush=True)
+    print(f"{suite.name}: {num_right} right, {num_bad} not", flush=True)
+    return num_bad
+
+
+def _check(suite: Suite[C], case: C, ours: Provider[C], device: torch.device) -> Row:
+    inputs = suite.make_inputs(case, device)
+    row = {**_first_row(ours, case, case), "op": "correctness"}
+    try:
+        verdict = _Judge(suite, case, inputs)(ours.build(case, inputs)())
+    except Exception as error:  # noqa: BLE001 - the row says which; the next check may be right
+        return {**row, "status": FAILED, "reason": _reason(error, [])}
+    if not verdict.passed:
+        return {**row, "status": WRONG, "reason": verdict.failure}
+    return {**row, "status": RIGHT, "errors": verdict.as_row()}
 
 
 def main(suites: Sequence[Suite[Any]], description: str) -> None:
