@@ -73,16 +73,16 @@ $(VENV)/judges.stamp: $(VENV)/eval.stamp
 	$(INSTALL) --no-deps basic-pitch musicnn
 	@touch $@
 
-# --no-deps: see benchmarks/peers.py.
+# --no-deps: see benchmarks/peers.py; of open_clip one file is read, which needs torch alone.
 $(VENV)/bench.stamp: $(SOURCES) | $(BIN)/pip
 	@echo "Installing into $(VENV): some minutes the first time."
-	$(INSTALL) -e ".[dev,bench]"
-	$(INSTALL) --no-deps musiclm-pytorch beartype
+	$(INSTALL) -e ".[dev,bench,vq]"
+	$(INSTALL) --no-deps musiclm-pytorch beartype open_clip_torch
 	@touch $@
 
 # All of it, so that no test is skipped for want of a package.
 $(VENV)/test.stamp: $(SOURCES) | $(BIN)/pip
 	@echo "Installing into $(VENV): some minutes the first time."
-	$(INSTALL) -e ".[dev,train,data,eval,plot,bench]"
+	$(INSTALL) -e ".[dev,train,data,eval,plot,bench,vq]"
 	$(INSTALL) --no-deps tinysoundfont basic-pitch musicnn
 	@touch $@

@@ -7,15 +7,26 @@ written as it comes, so a session that is cut off has lost the case in hand.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import ast_block, attention, correctness
+from benchmarks import ast_block, attention, contrastive, correctness, patch_front, rvq
+from benchmarks.case import Suite
 from benchmarks.record import RESULTS, Recorder, Row, recorder_for
-from benchmarks.run import DeviceLost, run_suite
+from benchmarks.run import DeviceLost, check_suite, run_suite
 from benchmarks.timing import measure
 
-SUITES = {suite.name: suite for suite in (attention.SUITE, ast_block.SUITE)}
+SUITES: dict[str, Suite[Any]] = {
+    suite.name: suite
+    for suite in (
+        attention.SUITE,
+        ast_block.SUITE,
+        patch_front.SUITE,
+        rvq.SUITE,
+        contrastive.SUITE,
+    )
+}
 STEPS = ("ceilings", "correctness", *SUITES)
 
 
@@ -74,6 +85,9 @@ def _run(options: argparse.Namespace, device: torch.device, recorder: Recorder) 
                 torch.cuda.empty_cache()
             elif step == "correctness":
                 num_bad += correctness.run(device, recorder, deadline)
+                num_bad += sum(
+                    check_suite(suite, device, recorder, deadline) for suite in SUITES.values()
+                )
             else:
                 num_bad += run_suite(
                     SUITES[step],

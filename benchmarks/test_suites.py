@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ast_block, attention
-from benchmarks.case import Case, Suite
+from benchmarks.case import Case
+from benchmarks.gpu import SUITES
 from benchmarks.record import Recorder, Row
 from benchmarks.replay import CLOCK, report
 from benchmarks.run import run_case
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = 1.5 if DEVICE_TYPE == "cuda" else 3.0  # of timing, for each case
-SUITES: dict[str, Suite[Any]] = {s.name: s for s in (attention.SUITE, ast_block.SUITE)}
 
 
 @cache

@@ -1,7 +1,7 @@
 """Which body runs each op on each device: registered here, and reported by `implementations`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
@@ -40,17 +40,15 @@ def define_op(
         interpreted = device == "cpu" and _kernels_on_cpu.get()
         # The interpreter multiplies bfloat16 as the integers of its bits.
         takes = first.dtype not in (torch.float64, torch.bfloat16 if interpreted else None)
-        if kernel is not None and takes and (device == "cuda" or interpreted):
-            with torch.cuda.device_of(first):  # Triton launches on the current device
-                return _load(kernel)(*arguments)
-        if interpreted:
-            raise RuntimeError(
-                f"through_kernels: no Triton kernel of musiclm::{name} runs on CPU in {first.dtype}"
-            )
-        # Under autocast the matrix products of the body would be rounded, its sums with them.
-        if not torch.is_autocast_enabled(device):
-            return reference(*arguments)
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
+            if kernel is not None and takes and (device == "cuda" or interpreted):
+                with torch.cuda.device_of(first):  # Triton launches on the current device
+                    return _load(kernel)(*arguments)
+            if interpreted:
+                raise RuntimeError(
+                    f"through_kernels: no Triton kernel of musiclm::{name} runs on CPU in "
+                    f"{first.dtype}"
+                )
             return reference(*arguments)
 
     torch.library.define(qualified, schema)
@@ -82,6 +80,12 @@ def kernels_on_cpu() -> Iterator[None]:
         yield
     finally:
         _kernels_on_cpu.reset(token)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Under autocast the matrix products of a body would be rounded, its sums with them."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _load(kernel: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ def test_keeps_the_smallest_words(function, B, N, keep):
     x = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(0))
     kept, indices = function(x, keep, seed=9)
     for b in range(B):
-        drawn = [(random_words(9, torch.tensor(b * N + n)).item(), n) for n in range(N)]
+        drawn = [(random_words(9, torch.tensor((b << 32) + n)).item(), n) for n in range(N)]
         wanted = sorted(n for _, n in sorted(drawn)[:keep])
         assert indices[b].tolist() == wanted
         assert torch.equal(kept[b], x[b, wanted])
@@ -57,6 +57,25 @@ def test_leaves_the_generator_alone():
 def test_gradients():
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: drop_patches(x, 4, seed=3)[0], (x,))
+    assert torch.autograd.gradgradcheck(lambda x: drop_patches(x, 4, seed=3)[0], (x,))
+
+
+def test_a_seed_may_be_a_number_or_a_tensor():
+    x = torch.randn(2, 30, 1)
+    for seed in (3, -1, 2**40):
+        numbers, tensors = (drop_patches(x, 9, seed=s) for s in (seed, torch.tensor(seed)))
+        assert all(map(torch.equal, numbers, tensors))
+
+
+def test_every_subset_is_equally_likely():
+    N, keep, B = 6, 3, 20_000
+    _, indices = drop_patches(torch.zeros(B, N, 1), keep, seed=11)
+    assert (indices.diff(dim=1) > 0).all()
+    counts = (2**indices).sum(1).bincount()
+    counts = counts[counts > 0]
+    expected = B / 20
+    assert len(counts) == 20  # 6 over 3
+    assert (counts - expected).square().sum() / expected < 53  # chi-square, 19 degrees: p < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -73,7 +92,10 @@ def test_no_rows():
 
 def test_op_contract():
     x = torch.randn(2, 9, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.musiclm.drop_patches.default, (x, 5, 7))
+    seed = torch.tensor(7)
+    torch.library.opcheck(torch.ops.musiclm.drop_patches.default, (x, 5, seed))
+    _, indices, slots = torch.ops.musiclm.drop_patches(x, 5, seed)
+    torch.library.opcheck(torch.ops.musiclm.take_patches.default, (x, indices, slots))
 
 
 def test_compiles_once_for_every_seed():
@@ -108,3 +130,9 @@ def test_compiles_without_graph_break():
 def test_refusals(x, keep, name):
     with pytest.raises(ValueError, match=name):
         drop_patches(x, keep, seed=0)
+
+
+@pytest.mark.parametrize("seed", [torch.tensor([1]), torch.tensor(1.0)])
+def test_refuses_seeds(seed):
+    with pytest.raises(ValueError, match="seed"):
+        drop_patches(torch.zeros(2, 9, 3), 4, seed=seed)

@@ -1,3 +1,7 @@
-from musiclm_kernels.contrastive.op import contrastive_loss
+from musiclm_kernels.contrastive.op import (
+    contrastive_gradient,
+    contrastive_loss,
+    contrastive_statistics,
+)
 
-__all__ = ["contrastive_loss"]
+__all__ = ["contrastive_gradient", "contrastive_loss", "contrastive_statistics"]
