@@ -82,7 +82,9 @@ def _tiny_musiclm() -> MusicLM:
         frames_per_code=1,
         phase_iterations=2,
     )
-    nn.init.normal_(codec.rq.codebooks)
+    codebooks = codec.rq.rvqs[0].layers
+    nn.init.normal_(codebooks.embed)
+    codebooks.initted.fill_(True)
     tokenizer = SemanticTokenizer(num_tokens=12, num_components=8)
     tokenizer.fit(tokenizer.features(0.1 * torch.randn(4, SAMPLE_RATE_HZ)).flatten(0, 1), seed=0)
     captions = train_caption_tokenizer(PROMPTS, 280)

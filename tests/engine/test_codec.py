@@ -1,10 +1,15 @@
 """What every codec promises, and what SoundStream on the waveform adds: it is causal."""
 
+import sys
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
 import torch
 
 from musiclm_engine.codec import SoundStream, SpectralSoundStream
 from musiclm_engine.codec.losses import MultiScaleMelLoss
+from musiclm_engine.components import load_component
 
 SPECTRAL = {
     "dim": 16,
@@ -142,6 +147,82 @@ def test_no_sample_depends_on_later_codes(soundstream, noise):
     assert torch.equal(first[:, :seam], second[:, :seam])
     # The very frame of a code sounds of it: no frame of delay is hidden anywhere.
     assert not torch.equal(first[:, seam : seam + 40], second[:, seam : seam + 40])
+
+
+def test_the_bundled_codec_speaks_its_codes(tones):
+    """Codes of a chord as they were when the stages learnt them."""
+    codec = load_component("codec", Path(str(files("musiclm_engine") / "assets" / "codec")))
+    assert codec.encode(tones(0.2, 220, 330, 550)[None]).tolist() == [
+        [
+            [936, 88, 447, 5, 642, 359],
+            [815, 271, 786, 660, 24, 574],
+            [151, 672, 368, 321, 540, 928],
+            [815, 271, 533, 345, 600, 181],
+            [768, 53, 327, 829, 518, 682],
+        ]
+    ]
+
+
+def test_encoding_moves_no_codebook(codec, noise):
+    for mode in (codec.train(), codec.eval()):
+        before = {key: value.clone() for key, value in codec.state_dict().items()}
+        codes = mode.encode(noise)
+        assert (codes >= 0).all()  # no level is dropped in training either
+        for key, value in codec.state_dict().items():
+            assert torch.equal(before[key], value), key
+    assert not codec.rq.training
+
+
+OTHER_QUANTIZERS = {
+    "groups": {"rq_groups": 2},
+    "finite scalars": {
+        "codebook_size": None,
+        "use_finite_scalar_quantizer": True,
+        "finite_scalar_quantizer_levels": [4, 4, 2],
+        "rq_groups": 2,
+    },
+    "signs": {"use_lookup_free_quantizer": True, "codebook_dim": 10, "rq_groups": 2},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_QUANTIZERS)
+def test_other_quantizers(name, noise):
+    if name != "groups":
+        pytest.importorskip("vector_quantize_pytorch")
+    codec = build(SoundStream, **OTHER_QUANTIZERS[name])
+    assert codec.num_quantizers == 6 and codec.codebook_size == 32
+    codes = codec.encode(noise)
+    assert codes.shape == (2, 400, 6) and 0 <= codes.min() and codes.max() < 32
+    quantized = codec.eval().rq(codec.encoder(noise[:, None]).transpose(1, 2))[0]
+    audio = codec.decoder(quantized.transpose(1, 2))[:, 0].clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(codes), audio, atol=1e-4, rtol=1e-4)
+    # The first two are the first level of both groups.
+    coarse = torch.cat([codes[:, :, :2], codes.new_full((2, 400, 4), -1)], 2)
+    torch.testing.assert_close(codec.decode(codes[:, :, :2]), codec.decode(coarse))
+    again = SoundStream.from_config(codec.config).eval()
+    again.load_state_dict(codec.state_dict())
+    assert torch.equal(again.encode(noise), codes)
+    codec.train()(noise)["loss"].backward()
+    assert codec.encoder[0].weight.grad.any()
+
+
+def test_options_of_the_quantizer_that_exclude_each_other():
+    scalars = {"use_finite_scalar_quantizer": True, "finite_scalar_quantizer_levels": (4, 4)}
+    for options, message in (
+        ({**scalars, "use_lookup_free_quantizer": True}, "both set"),
+        ({**scalars, "codebook_size": 16}, "codebook_size is 16, wanted None"),
+        ({"use_finite_scalar_quantizer": True}, "finite_scalar_quantizer_levels is None"),
+        ({"finite_scalar_quantizer_levels": (4, 4)}, r"levels is \(4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SoundStream(channels=2, **options)
+
+
+def test_the_other_quantizers_name_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    SoundStream(channels=2)
+    with pytest.raises(ImportError, match="pip install vector-quantize-pytorch"):
+        SoundStream(channels=2, use_lookup_free_quantizer=True)
 
 
 @pytest.mark.parametrize("kind", [SpectralSoundStream, SoundStream])

@@ -1,9 +1,12 @@
 import itertools
 import json
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
+from musiclm_engine.components import load_component
 from musiclm_engine.mulan import MuLaNEmbedQuantizer
 
 
@@ -52,6 +55,30 @@ def test_a_seed_fixes_the_codebooks(quantizer):
     assert not torch.equal(other.codebooks, quantizer.codebooks)
 
 
+def test_a_streamed_data_set_fits_alike(quantizer):
+    streamed = MuLaNEmbedQuantizer(16, 4, 32)
+    streamed.fit(lambda: embeddings().split(100), seed=0)
+    torch.testing.assert_close(streamed.codebooks, quantizer.codebooks, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"\(100, 16\), wanted floats \[B, \.\.\., 8\]"):
+        MuLaNEmbedQuantizer(8, 4, 32).fit(lambda: embeddings().split(100), seed=0)
+
+
+def test_the_state_has_musiclm_pytorchs_names():
+    names = ("initted", "cluster_size", "embed_avg", "embed")
+    wanted = [f"rq.layers.{level}._codebook.{name}" for level in range(2) for name in names]
+    assert list(MuLaNEmbedQuantizer(16, 2, 32).state_dict()) == wanted
+
+
+def test_the_bundled_quantizer_speaks_its_codes():
+    """Codes as they were when the stages learnt them."""
+    bundled = load_component("quantizer", Path(str(files("musiclm_engine") / "assets/quantizer")))
+    waves = torch.sin(torch.arange(2 * 128) * 0.7).view(2, 128)
+    assert bundled.encode(torch.nn.functional.normalize(waves, dim=1)).tolist() == [
+        [77, 23, 37, 54, 49, 69, 64, 19],
+        [19, 87, 64, 35, 100, 29, 21, 40],
+    ]
+
+
 def test_as_many_rows_as_codes_are_kept_exactly():
     quantizer = MuLaNEmbedQuantizer(16, num_quantizers=2, codebook_size=600)
     quantizer.fit(embeddings(), seed=0, iterations=2)
@@ -76,7 +103,7 @@ def test_refuses_use_before_fit():
 
 
 def test_refuses_bad_input(quantizer):
-    with pytest.raises(ValueError, match="31 rows for 32 codes"):
+    with pytest.raises(ValueError, match="31.* 32 clusters"):
         MuLaNEmbedQuantizer(16, 4, 32).fit(embeddings(31), seed=0)
     with pytest.raises(ValueError, match="finite"):
         MuLaNEmbedQuantizer(16, 4, 32).fit(embeddings() / 0, seed=0)

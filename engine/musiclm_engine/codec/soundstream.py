@@ -1,12 +1,20 @@
 """SoundStream on the waveform: causal convolutions around a residual vector quantiser."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_engine.codec.codec import Codec
 from musiclm_engine.codec.losses import MultiScaleMelLoss
-from musiclm_engine.codec.residual_vq import ResidualVQ
+from musiclm_engine.codec.quantizer import (
+    decode,
+    encode,
+    of_vector_quantize_pytorch,
+    quantize,
+    residual_vq,
+)
 
 DILATIONS = (1, 3, 9)  # of the residual units in a block (section III-A)
 
@@ -62,9 +70,19 @@ class SoundStream(Codec):
         channels: C, of the first layer; each block doubles them.
         strides: of the encoder's blocks; their product is the samples a frame of codes lasts.
         codebook_dim: D, width of the quantised vectors.
-        codebook_size: K.
+        codebook_size: K; 1024 if None, but for finite scalars the product of their levels.
         rq_num_quantizers: Q.
+        rq_groups: G, residual quantisers side by side, each of codebook_dim / G dimensions; then a
+            frame has Q * G codes, the coarse levels of all groups first.
+        use_finite_scalar_quantizer: round to finite scalars, with the package
+            vector-quantize-pytorch; takes finite_scalar_quantizer_levels and no codebook_size.
+        finite_scalar_quantizer_levels: of each scalar.
+        use_lookup_free_quantizer: quantise by signs, with the package vector-quantize-pytorch.
         sample_rate_hz: of the audio.
+
+    Raises:
+        ValueError: options that exclude each other, or a size out of range.
+        ImportError: the package for finite scalars or signs is not installed.
     """
 
     def __init__(
@@ -73,8 +91,12 @@ class SoundStream(Codec):
         channels: int = 32,
         strides: tuple[int, ...] = (2, 4, 5, 8),
         codebook_dim: int = 64,
-        codebook_size: int = 1024,
+        codebook_size: int | None = None,
         rq_num_quantizers: int = 8,
+        rq_groups: int = 1,
+        use_finite_scalar_quantizer: bool = False,
+        finite_scalar_quantizer_levels: tuple[int, ...] | None = None,
+        use_lookup_free_quantizer: bool = False,
         sample_rate_hz: int = 16000,
     ) -> None:
         super().__init__()
@@ -84,11 +106,14 @@ class SoundStream(Codec):
             "codebook_dim": codebook_dim,
             "codebook_size": codebook_size,
             "rq_num_quantizers": rq_num_quantizers,
+            "rq_groups": rq_groups,
+            "use_finite_scalar_quantizer": use_finite_scalar_quantizer,
+            "finite_scalar_quantizer_levels": finite_scalar_quantizer_levels,
+            "use_lookup_free_quantizer": use_lookup_free_quantizer,
             "sample_rate_hz": sample_rate_hz,
         }
         self.sample_rate_hz = sample_rate_hz
-        self.num_quantizers = rq_num_quantizers
-        self.codebook_size = codebook_size
+        self.num_quantizers = rq_num_quantizers * rq_groups
         self.hop_length = 1
         encoder: list[nn.Module] = [CausalConv1d(1, channels, 7)]
         for stride in strides:
@@ -96,7 +121,35 @@ class SoundStream(Codec):
             channels *= 2
             self.hop_length *= stride
         self.encoder = nn.Sequential(*encoder, nn.ELU(), CausalConv1d(channels, codebook_dim, 3))
-        self.rq = ResidualVQ(codebook_dim, rq_num_quantizers, codebook_size)
+        if use_finite_scalar_quantizer and use_lookup_free_quantizer:
+            raise ValueError(
+                "use_finite_scalar_quantizer and use_lookup_free_quantizer are both set, "
+                "wanted one at most"
+            )
+        levels = finite_scalar_quantizer_levels
+        if use_finite_scalar_quantizer != (levels is not None):
+            raise ValueError(
+                f"finite_scalar_quantizer_levels is {levels}, wanted with "
+                "use_finite_scalar_quantizer, and only then"
+            )
+        if levels is None:
+            self.codebook_size = 1024 if codebook_size is None else codebook_size
+        elif codebook_size is None:
+            self.codebook_size = math.prod(levels)
+        else:
+            raise ValueError(
+                f"codebook_size is {codebook_size}, wanted None: finite_scalar_quantizer_levels "
+                "say it"
+            )
+        sizes = {"dim": codebook_dim, "num_quantizers": rq_num_quantizers, "groups": rq_groups}
+        if levels is not None:
+            self.rq = of_vector_quantize_pytorch("GroupedResidualFSQ", levels=levels, **sizes)
+        elif use_lookup_free_quantizer:
+            self.rq = of_vector_quantize_pytorch(
+                "GroupedResidualLFQ", codebook_size=self.codebook_size, **sizes
+            )
+        else:
+            self.rq = residual_vq(codebook_size=self.codebook_size, **sizes)
         decoder: list[nn.Module] = [CausalConv1d(codebook_dim, channels, 7)]
         for stride in reversed(strides):
             decoder.append(_decoder_block(channels, stride))
@@ -113,7 +166,7 @@ class SoundStream(Codec):
         """
         audio = self.pad_to_frames(audio)
         latent = self.encoder(audio[:, None]).transpose(1, 2)
-        quantized, _, commitment = self.rq(latent)
+        quantized, commitment = quantize(self.rq, latent)
         rebuilt = self.decoder(quantized.transpose(1, 2))[:, 0]
         mel = self.mel_loss(rebuilt, audio)
         wave = F.l1_loss(rebuilt, audio)
@@ -127,9 +180,10 @@ class SoundStream(Codec):
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:
         latent = self.encoder(self.pad_to_frames(audio)[:, None])
-        return self.rq.encode(latent.transpose(1, 2))
+        return encode(self.rq, latent.transpose(1, 2))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
-        return self.decoder(self.rq.decode(codes).transpose(1, 2))[:, 0].clamp(-1, 1)
+        latent = decode(self.rq, codes, self.num_quantizers)
+        return self.decoder(latent.transpose(1, 2))[:, 0].clamp(-1, 1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from musiclm_engine.codec.codec import Codec
 from musiclm_engine.codec.phase import waveform_from_magnitude
-from musiclm_engine.codec.residual_vq import ResidualVQ
+from musiclm_engine.codec.quantizer import decode, encode, quantize, residual_vq
 
 MAGNITUDE_FLOOR = 0.05  # 76 dB below the peak of a full-scale sine at n_fft 1280
 
@@ -99,7 +99,7 @@ class SpectralSoundStream(Codec):
             *(ConvNeXtBlock(dim) for _ in range(encoder_depth)),
         )
         self.to_latent = nn.Linear(dim * frames_per_code, codebook_dim)
-        self.rq = ResidualVQ(codebook_dim, rq_num_quantizers, codebook_size)
+        self.rq = residual_vq(codebook_dim, rq_num_quantizers, codebook_size)
         self.from_latent = nn.Linear(codebook_dim, dim * frames_per_code)
         self.decoder = nn.Sequential(
             *(ConvNeXtBlock(dim) for _ in range(decoder_depth)),
@@ -118,7 +118,7 @@ class SpectralSoundStream(Codec):
             arXiv 1711.00937).
         """
         target = self._log_magnitude(self.pad_to_frames(audio))
-        quantized, _, commitment = self.rq(self._to_latent(target))
+        quantized, commitment = quantize(self.rq, self._to_latent(target))
         painted = self._paint(quantized)
         spectrum = F.l1_loss(painted, target)
         loud = F.l1_loss((0.3 * painted).exp(), (0.3 * target).exp())
@@ -135,7 +135,7 @@ class SpectralSoundStream(Codec):
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:
-        return self.rq.encode(self.latent(audio))
+        return encode(self.rq, self.latent(audio))
 
     @torch.no_grad()
     def latent(self, audio: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class SpectralSoundStream(Codec):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
-        log_magnitude = self._paint(self.rq.decode(codes))
+        log_magnitude = self._paint(decode(self.rq, codes, self.num_quantizers))
         magnitude = (log_magnitude.exp() - MAGNITUDE_FLOOR).clamp_min(0).transpose(1, 2)
         # A centred STFT of n whole hops has n + 1 frames: the last is painted twice.
         magnitude = torch.cat([magnitude, magnitude[:, :, -1:]], dim=2)

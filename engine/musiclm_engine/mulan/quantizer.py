@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musiclm_engine.kmeans import kmeans
-from musiclm_kernels import rvq_decode, rvq_encode
-
-MAX_ROWS = 16384  # encoded at a time: bounds the memory of the distances
+from musiclm_engine.quantize import Batches, ResidualVQ
+from musiclm_kernels import rvq_encode
 
 
 class MuLaNEmbedQuantizer(nn.Module):
@@ -26,21 +24,29 @@ class MuLaNEmbedQuantizer(nn.Module):
         ValueError: a size below 1.
     """
 
-    codebooks: Tensor
-    is_fitted: Tensor
-
     def __init__(self, dim: int = 128, num_quantizers: int = 12, codebook_size: int = 1024):
         super().__init__()
-        if min(dim, num_quantizers, codebook_size) < 1:
-            raise ValueError(
-                f"dim={dim}, num_quantizers={num_quantizers}, codebook_size={codebook_size}; "
-                "want each at least 1"
-            )
         self.dim = dim
         self.num_quantizers = num_quantizers
         self.codebook_size = codebook_size
-        self.register_buffer("codebooks", torch.zeros(num_quantizers, codebook_size, dim))
-        self.register_buffer("is_fitted", torch.tensor(False))
+        self.rq = ResidualVQ(
+            dim=dim,
+            num_quantizers=num_quantizers,
+            codebook_size=codebook_size,
+            decay=0.9,
+            commitment_weight=0.0,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+        )
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[Q, K, D]."""
+        return self.rq.codebooks
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.rq.is_initialised
 
     @property
     def config(self) -> dict[str, Any]:
@@ -56,40 +62,20 @@ class MuLaNEmbedQuantizer(nn.Module):
         """A quantiser of this shape, not fitted."""
         return cls(**config)
 
-    @torch.no_grad()
-    def fit(self, embeddings: Tensor, *, seed: int, iterations: int = 20) -> None:
+    def fit(self, embeddings: Batches, *, seed: int, iterations: int = 20) -> None:
         """Residual k-means: each level is fitted to what the levels before it left over.
 
-        Starts from rows drawn without repetition; a code that no row chooses moves to a random
-        row.
-
         Args:
-            embeddings: (N, D) with N >= codebook_size; all of the data set that you can hold.
+            embeddings: (N, D) with N >= codebook_size, better 50 times that, or a function that
+                gives them in batches, from the start at each call; all of the data set.
             seed: chooses the starting rows and replacements.
             iterations: Lloyd steps a level.
 
         Raises:
             ValueError: embeddings that are not (N, D) or not finite, fewer of them than codes, or
-                iterations below 1.
+                other ones at the next call; iterations below 1.
         """
-        self._check(embeddings)
-        if len(embeddings) < self.codebook_size:
-            raise ValueError(
-                f"embeddings has {len(embeddings)} rows for {self.codebook_size} codes; want at "
-                f"least {self.codebook_size} rows, better 50 times that, or a smaller codebook_size"
-            )
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations}; want at least 1")
-        residual = embeddings.to(self.codebooks)
-        if not bool(torch.isfinite(residual).all()):
-            raise ValueError("embeddings holds values that are not finite (nan or inf)")
-        for level in range(self.num_quantizers):
-            codebook = kmeans(
-                residual, self.codebook_size, seed=seed + level, iterations=iterations
-            )
-            residual = residual - rvq_decode(_encode(residual, codebook[None]), codebook[None])
-            self.codebooks[level] = codebook
-        self.is_fitted.fill_(True)
+        self.rq.fit(embeddings, seed=seed, iterations=iterations)
 
     @torch.no_grad()
     def encode(self, embeddings: Tensor) -> Tensor:
@@ -101,7 +87,7 @@ class MuLaNEmbedQuantizer(nn.Module):
         """
         self._refuse_unfitted()
         self._check(embeddings)
-        return _encode(embeddings.to(self.codebooks), self.codebooks)
+        return rvq_encode(embeddings.to(self.codebooks), self.codebooks)[0]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -117,7 +103,7 @@ class MuLaNEmbedQuantizer(nn.Module):
                 f"codes is {codes.dtype} of shape {tuple(codes.shape)}; "
                 f"want integers of shape (B, {self.num_quantizers})"
             )
-        return rvq_decode(codes.to(self.codebooks.device), self.codebooks)
+        return self.rq.get_output_from_indices(codes.to(self.codebooks.device))
 
     forward = encode
 
@@ -128,12 +114,8 @@ class MuLaNEmbedQuantizer(nn.Module):
             )
 
     def _refuse_unfitted(self) -> None:
-        if not bool(self.is_fitted):
+        if not self.is_fitted:
             raise RuntimeError(
                 "this MuLaNEmbedQuantizer holds no codebooks yet: call fit(embeddings, seed=...) on "
                 "the embeddings of a data set, or load_state_dict of a fitted one"
             )
-
-
-def _encode(x: Tensor, codebooks: Tensor) -> Tensor:
-    return torch.cat([rvq_encode(rows, codebooks)[0] for rows in x.split(MAX_ROWS)])
