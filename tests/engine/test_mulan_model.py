@@ -35,7 +35,8 @@ def build(tokenizer):
         torch.manual_seed(0)
         tower = {"dim_head": 16, "heads": 2}
         return MuLaN(
-            AudioSpectrogramTransformer(32, depth, **tower),
+            # Narrow masks: wide ones would hide the pure tones that it learns to tell apart.
+            AudioSpectrogramTransformer(32, depth, num_mels=64, spec_aug_freq_mask=8, **tower),
             TextTransformer(48, depth, num_tokens=300, max_seq_len=32, **tower),
             tokenizer=tokenizer,
             **arguments,

@@ -3,9 +3,6 @@ import torch
 
 from musiclm_engine.attention import DynamicPositionBias2d, cosine
 from musiclm_engine.mulan import AudioSpectrogramTransformer, TextTransformer
-from musiclm_engine.mulan import audio_tower as audio_tower_module
-from musiclm_engine.mulan.patch_position import sincos_positions
-from musiclm_engine.mulan.spec_augment import mask_spans
 
 SECOND = 16000
 
@@ -21,7 +18,8 @@ def one_thread():
 
 def audio_tower(**arguments) -> AudioSpectrogramTransformer:
     torch.manual_seed(0)
-    return AudioSpectrogramTransformer(32, 2, dim_head=16, heads=2, **arguments)
+    small = {"dim_head": 16, "heads": 2, "num_mels": 64}
+    return AudioSpectrogramTransformer(32, 2, **small | arguments)
 
 
 def text_tower(**arguments) -> TextTransformer:
@@ -61,7 +59,8 @@ def test_rows_do_not_see_each_other():
 
 @torch.no_grad()
 def test_patches_are_dropped_in_training_only():
-    tower = audio_tower(patch_dropout_prob=0.5, spec_aug_freq_mask=0, spec_aug_time_mask=0)
+    whole = {"spec_aug_stretch_factor": 1.0, "spec_aug_freq_mask": 0, "spec_aug_time_mask": 0}
+    tower = audio_tower(patch_dropout_prob=0.5, **whole)
     audio = noise(2, SECOND)
     seen = []
     tower.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
@@ -90,13 +89,51 @@ def test_a_short_row_keeps_a_patch_of_its_own_audio():
     assert all(torch.isfinite(p.grad).all() for p in tower.parameters())
 
 
-def test_kept_patches_carry_their_own_indices_and_mask():
-    x = torch.arange(40.0).view(1, 40, 1).repeat(16, 1, 1)
-    mask = torch.arange(40) < torch.tensor([4] * 15 + [40])[:, None]
-    kept, indices, kept_mask = audio_tower_module._drop(x, mask, 4, seed=0)
-    assert torch.equal(kept[..., 0].long(), indices)
-    assert torch.equal(kept_mask, mask.gather(1, indices))
-    assert kept_mask.any(dim=1).all() and (kept_mask.sum(dim=1) == 1).any()
+@torch.no_grad()
+def test_a_short_row_keeps_its_share_of_patches():
+    tower = audio_tower(patch_dropout_prob=0.5, spec_aug_stretch_factor=1.0)
+    masks = []
+    tower.transformer.register_forward_pre_hook(
+        lambda module, inputs, options: masks.append(options["key_mask"]), with_kwargs=True
+    )
+    tower(noise(3, 4 * SECOND), lengths=torch.tensor([4 * SECOND, SECOND, 1]))
+    (mask,) = masks
+    assert mask.sum(1).tolist() == [50, 14, 2]  # of 25, 7 and 1 columns of 4
+    assert (mask.int().diff(dim=1) <= 0).all()  # padding comes last
+
+
+def test_a_seed_may_be_a_number_or_a_tensor():
+    tower = audio_tower(spec_aug_stretch_factor=1.0, spec_aug_freq_mask=0, spec_aug_time_mask=0)
+    audio = noise(2, SECOND)
+    seeds = (7, torch.tensor(7), 8)
+    first, same, other = (tower(audio, patch_dropout_seed=seed) for seed in seeds)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([SECOND, 9000])])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_training_step_compiles_whole(lengths, augmented):
+    whole = {"spec_aug_stretch_factor": 1.0, "spec_aug_freq_mask": 0, "spec_aug_time_mask": 0}
+    tower = audio_tower(**{} if augmented else whole)
+    audio = noise(2, SECOND)
+    parameters = list(tower.parameters())
+
+    def step(run):
+        torch.manual_seed(5)
+        out = run(audio, lengths=lengths)
+        return out, *torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+
+    compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    for one, other in zip(step(compiled), step(tower), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_code_refuses_lengths_beyond_the_audio():
+    compiled = torch.compile(audio_tower().eval(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lengths"):
+        compiled(noise(2, SECOND), lengths=torch.tensor([SECOND, SECOND + 1]))
 
 
 def test_the_bias_is_one_small_table_whose_gradient_reaches_the_mlp(monkeypatch):
@@ -137,20 +174,37 @@ def test_a_longer_grid_keeps_the_bias_of_the_offsets_it_shares():
     torch.testing.assert_close(long[:, 6:-6], short)
 
 
-def test_positions_differ_everywhere():
-    positions = sincos_positions(63, 4, 32)
-    assert positions.shape == (63 * 4, 32)
-    assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.1
+@torch.no_grad()
+def test_spectrograms_are_augmented_in_training_only():
+    settings = {"spec_aug_stretch_factor": 0.7, "spec_aug_freq_mask": 5, "spec_aug_time_mask": 9}
+    tower = audio_tower(patch_dropout_prob=0.0, **settings)
+    augment = tower.spec_augment
+    assert (augment.stretch_factor, augment.freq_mask, augment.time_mask) == (0.7, 5, 9)
+    assert augment.floor == tower.log_mel.floor
+    audio = noise(2, SECOND)
+    assert not torch.equal(tower(audio), tower(audio))
+    tower.eval()
+    assert torch.equal(tower(audio), tower(audio))
 
 
-def test_masked_spans_stay_in_the_clip_and_under_their_width():
-    torch.manual_seed(0)
-    spectrogram = torch.randn(64, 40, 16)
-    extents = torch.full((64,), 20.0)
-    masked = (mask_spans(spectrogram, 1, 8, extents) != spectrogram).all(2)  # [B, frames]
-    assert masked.sum(1).max() <= 9 and masked.sum(1).float().mean() > 2
-    assert not masked[:, 20:].any()
-    assert mask_spans(spectrogram, 1, 0, extents) is spectrogram
+@torch.no_grad()
+def test_a_row_that_plays_faster_ends_sooner():
+    """What a stretch leaves of a row is all that is attended to."""
+    tower = audio_tower(patch_dropout_prob=0.0)
+    audio = noise(2, SECOND)
+    held = torch.tensor([40, 112])  # of 7 columns of 16 frames
+    audio[0, 40 * 160 :] = 0
+    tower.spec_augment.forward = lambda spectrogram, lengths: (spectrogram, held)
+    embedded = tower(audio)
+    torch.testing.assert_close(
+        embedded[0], tower.eval()(audio, lengths=torch.tensor([6400, SECOND]))[0]
+    )
+
+
+def test_a_stored_tower_without_the_stretch_is_read():
+    config = audio_tower().config
+    assert config.pop("spec_aug_stretch_factor") == 0.8
+    assert AudioSpectrogramTransformer.from_config(config).spec_augment.stretch_factor == 0.8
 
 
 def test_half_precision_embeds_alike():
@@ -170,7 +224,7 @@ def test_half_precision_embeds_alike():
         ({"depth": 0}, "depth=0"),
         ({"num_mels": 65}, "num_mels=65"),
         ({"patch_dropout_prob": 1.0}, "patch_dropout_prob"),
-        ({"spec_aug_freq_mask": 65}, "spec_aug_freq_mask"),
+        ({"spec_aug_freq_mask": -1}, "freq_mask"),
     ],
 )
 def test_audio_tower_refuses_bad_settings(arguments, named):

@@ -15,9 +15,9 @@ class LogMel(nn.Module):
     ends (zero padding), so there are exactly `time // hop` frames, and silence appended to a clip
     changes none of the frames it had. Always computed in float32, also under autocast.
 
-    Defaults follow MuLan (arXiv 2208.12415, section 4: 10 ms hop, 64 bins for the convolutional
-    tower, 128 for the transformer) with the 16 kHz, 25 ms Hann window of AST (arXiv 2104.01778,
-    section 2.1); bins lie on the HTK mel scale.
+    Defaults are those of MuLan's transformer tower (arXiv 2208.12415, section 4: 10 ms hop, 128
+    bins; 64 for its convolutional tower) with the 16 kHz, 25 ms Hann window of AST (arXiv
+    2104.01778, section 2.1); bins lie on the HTK mel scale.
 
     Args:
         sample_rate_hz: rate of the audio that will come.
@@ -46,7 +46,7 @@ class LogMel(nn.Module):
         n_fft: int | None = None,
         window_ms: float = 25.0,
         hop_ms: float = 10.0,
-        num_mels: int = 64,
+        num_mels: int = 128,
         f_min_hz: float = 20.0,
         f_max_hz: float | None = None,
         floor: float = 1e-5,

@@ -1,5 +1,6 @@
 """MuLaN's audio tower: a transformer over patches of the log-mel spectrogram."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +10,10 @@ from torch import Tensor, nn
 
 from musiclm_engine.attention import DynamicPositionBias2d
 from musiclm_engine.attention.layer_norm import LayerNorm
-from musiclm_engine.audio import LogMel
+from musiclm_engine.audio import LogMel, SpecAugment
 from musiclm_engine.mulan.lengths import checked_lengths
-from musiclm_engine.mulan.patch_position import sincos_positions
-from musiclm_engine.mulan.spec_augment import mask_spans
 from musiclm_engine.mulan.transformer import Transformer
-from musiclm_kernels import drop_patches
+from musiclm_kernels import embed_patches
 
 
 class AudioSpectrogramTransformer(nn.Module):
@@ -34,9 +33,8 @@ class AudioSpectrogramTransformer(nn.Module):
         ff_mult, ff_dropout: of the feed-forward.
         sample_rate_hz, num_mels, hop_ms, window_ms: of the log-mel front end (`LogMel`).
         patch_dropout_prob: share of patches dropped in training, in [0, 1).
-        spec_aug_freq_mask: in training, up to this many neighbouring mel bins are masked.
-        spec_aug_time_mask: in training, up to this many neighbouring frames are masked (and never
-            more than half of the clip). SpecAugment, arXiv 1904.08779; 0 turns a mask off.
+        spec_aug_stretch_factor, spec_aug_freq_mask, spec_aug_time_mask: of `SpecAugment`, in
+            training. A stretch changes the tempo: 1 turns it off.
 
     Raises:
         ValueError: a width, patch size or probability outside the limits above.
@@ -54,12 +52,13 @@ class AudioSpectrogramTransformer(nn.Module):
         ff_mult: float = 4,
         ff_dropout: float = 0.0,
         sample_rate_hz: int = 16000,
-        num_mels: int = 64,
+        num_mels: int = 128,
         hop_ms: float = 10.0,
         window_ms: float = 25.0,
         patch_dropout_prob: float = 0.25,
-        spec_aug_freq_mask: int = 8,
-        spec_aug_time_mask: int = 40,
+        spec_aug_stretch_factor: float = 0.8,
+        spec_aug_freq_mask: int = 48,
+        spec_aug_time_mask: int = 192,
     ):
         super().__init__()
         if dim < 8 or dim % 4:
@@ -70,11 +69,6 @@ class AudioSpectrogramTransformer(nn.Module):
             raise ValueError(f"patch_size={patch_size} does not divide num_mels={num_mels}")
         if not 0 <= patch_dropout_prob < 1:
             raise ValueError(f"patch_dropout_prob={patch_dropout_prob}; want 0 <= p < 1")
-        if not 0 <= spec_aug_freq_mask <= num_mels or spec_aug_time_mask < 0:
-            raise ValueError(
-                f"spec_aug_freq_mask={spec_aug_freq_mask} must be in [0, {num_mels}] and "
-                f"spec_aug_time_mask={spec_aug_time_mask} at least 0"
-            )
         self._config = {
             "dim": dim,
             "depth": depth,
@@ -89,18 +83,24 @@ class AudioSpectrogramTransformer(nn.Module):
             "hop_ms": hop_ms,
             "window_ms": window_ms,
             "patch_dropout_prob": patch_dropout_prob,
+            "spec_aug_stretch_factor": spec_aug_stretch_factor,
             "spec_aug_freq_mask": spec_aug_freq_mask,
             "spec_aug_time_mask": spec_aug_time_mask,
         }
         self.dim = dim
+        self.depth = depth
         self.sample_rate_hz = sample_rate_hz
         self.patch_size = patch_size
         self.num_rows = num_mels // patch_size
         self.patch_dropout_prob = patch_dropout_prob
-        self.spec_aug_freq_mask = spec_aug_freq_mask
-        self.spec_aug_time_mask = spec_aug_time_mask
 
         self.log_mel = LogMel(sample_rate_hz, num_mels=num_mels, hop_ms=hop_ms, window_ms=window_ms)
+        self.spec_augment = SpecAugment(
+            stretch_factor=spec_aug_stretch_factor,
+            freq_mask=spec_aug_freq_mask,
+            time_mask=spec_aug_time_mask,
+            floor=self.log_mel.floor,
+        )
         self.patch_samples = patch_size * self.log_mel.hop_samples  # one column of patches
         self.to_patch_tokens = nn.Sequential(
             Rearrange(
@@ -137,8 +137,9 @@ class AudioSpectrogramTransformer(nn.Module):
         audio: Tensor,
         *,
         lengths: Tensor | None = None,
-        patch_dropout_seed: int | None = None,
-    ) -> Tensor:
+        patch_dropout_seed: int | Tensor | None = None,
+        return_all_layers: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Embeds audio.
 
         The end of a clip is filled up with silence to a whole number of patches. A row embeds as
@@ -147,11 +148,13 @@ class AudioSpectrogramTransformer(nn.Module):
         Args:
             audio: (B, time), floating point, in [-1, 1], at `sample_rate_hz`.
             lengths: (B,) integers, samples of each row that are audio; None is all of them.
-            patch_dropout_seed: chooses the patches kept in training; None draws a seed from
-                torch's generator. Without effect in `eval()`.
+            patch_dropout_seed: chooses the patches kept in training, an int or int64 [] where
+                audio is; None draws it there, from torch's generator. Without effect in `eval()`.
+            return_all_layers: give the mean of each block's output, too, over the patches heard.
 
         Returns:
-            (B, dim); not l2-normalised.
+            (B, dim); not l2-normalised. With `return_all_layers` also (depth, B, dim), the last
+            block's last, before the final norm.
 
         Raises:
             ValueError: audio that is not (B, time) or is empty, or lengths of another shape or
@@ -170,51 +173,51 @@ class AudioSpectrogramTransformer(nn.Module):
         audio = F.pad(audio, (0, num_columns * self.patch_samples - audio.shape[1]))
 
         spectrogram = self.log_mel(audio)  # [B, frames, F]
-        if self.training:
-            spectrogram = self._augment(spectrogram, lengths)
-        x = self.to_patch_tokens(spectrogram.to(self.to_patch_tokens[2].weight.dtype))
-        x = x + sincos_positions(num_columns, self.num_rows, self.dim, x.device).to(x.dtype)
+        num_frames = None if lengths is None else -(-lengths // self.log_mel.hop_samples)
+        spectrogram, num_frames = self.spec_augment(spectrogram, num_frames)
+        num_patches = num_columns * self.num_rows
+        keep = max(1, round(num_patches * (1 - self.patch_dropout_prob)))
+        keep = keep if self.training else num_patches
+        x, codes, heard = self._embed(spectrogram, num_frames, keep, patch_dropout_seed)
         position_bias = self.dynamic_pos_bias_mlp.position_bias(num_columns, self.num_rows)
-        mask = None if lengths is None else self._patch_mask(lengths, num_columns)
+        if keep < num_patches:
+            position_bias = replace(position_bias, q_codes=codes, k_codes=codes)
+        mask = None if num_frames is None else heard
 
-        keep = max(1, round(x.shape[1] * (1 - self.patch_dropout_prob)))
-        if self.training and keep < x.shape[1]:
-            if patch_dropout_seed is None:
-                patch_dropout_seed = int(torch.randint(2**31 - 1, ()))
-            x, indices, mask = _drop(x, mask, keep, patch_dropout_seed)
-            position_bias = position_bias.kept(indices)
+        outputs = self.transformer(
+            x, position_bias=position_bias, key_mask=mask, return_all_layers=return_all_layers
+        )
+        if not return_all_layers:
+            return self.norm(_mean(outputs, mask))
+        layers = torch.stack([_mean(x, mask) for x in outputs])
+        return self.norm(layers[-1]), layers
 
-        x = self.transformer(x, position_bias=position_bias, key_mask=mask)
-        return self.norm(_mean(x, mask))
-
-    def _augment(self, spectrogram: Tensor, lengths: Tensor | None) -> Tensor:
-        frames = torch.full_like(spectrogram[:, 0, 0], spectrogram.shape[1])
-        if lengths is not None:
-            frames = (lengths / self.log_mel.hop_samples).ceil()
-        spectrogram = mask_spans(spectrogram, 1, self.spec_aug_time_mask, frames)
-        bins = torch.full_like(frames, spectrogram.shape[2])
-        return mask_spans(spectrogram, 2, self.spec_aug_freq_mask, bins)
-
-    def _patch_mask(self, lengths: Tensor, num_columns: int) -> Tensor:
-        """bool [B, N], true where a patch holds any of the row's audio."""
-        columns = torch.arange(num_columns, device=lengths.device)
-        heard = columns * self.patch_samples < lengths[:, None]
-        return heard.repeat_interleave(self.num_rows, dim=1)
-
-
-def _drop(
-    x: Tensor, mask: Tensor | None, keep: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The patches that stay [B, keep, D], their indices [B, keep] and their mask."""
-    kept, indices = drop_patches(x, keep, seed=seed)
-    if mask is not None:
-        # A short row may lose all its audio: it then keeps its first patch, which always has some.
-        silent = ~mask.gather(1, indices).any(dim=1)
-        first = torch.where(silent[:, None], x[:, 0], kept[:, 0])
-        kept = torch.cat((first[:, None], kept[:, 1:]), dim=1)
-        indices = torch.cat((indices[:, :1].masked_fill(silent[:, None], 0), indices[:, 1:]), dim=1)
-        mask = mask.gather(1, indices)
-    return kept, indices, mask
+    def _embed(
+        self, spectrogram: Tensor, num_frames: Tensor | None, keep: int, seed: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of `keep` patches of a row, or fewer of a short one: [B, keep, dim], their codes
+        and their mask [B, keep]."""
+        weights = dict(self.to_patch_tokens.named_parameters())
+        num_valid = None
+        if num_frames is not None:  # patches that hold any of the row's frames: whole columns
+            num_valid = -(-num_frames // self.patch_size) * self.num_rows
+        if seed is None and self.training:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=spectrogram.device)
+        tokens, _, codes, mask = embed_patches(
+            spectrogram.to(torch.promote_types(spectrogram.dtype, weights["2.weight"].dtype)),
+            patch_size=self.patch_size,
+            patch_norm_weight=weights["1.weight"],
+            patch_norm_bias=weights["1.bias"],
+            weight=weights["2.weight"],
+            bias=weights["2.bias"],
+            norm_weight=weights["3.weight"],
+            norm_bias=weights["3.bias"],
+            keep=keep,
+            seed=seed,
+            num_valid=num_valid,
+        )
+        # Under autocast the tokens are narrow; the sum that the layers add to stays wide.
+        return tokens.to(weights["3.weight"].dtype), codes, mask
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:

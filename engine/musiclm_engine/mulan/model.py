@@ -1,7 +1,6 @@
 """MuLaN: one embedding space for music and its descriptions."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,22 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from musiclm_engine.mulan.audio_tower import AudioSpectrogramTransformer
+from musiclm_engine.mulan.contrast import (
+    Contrast,
+    MultiLayerContrast,
+    checked_num_layers,
+    spread_layers,
+)
+from musiclm_engine.mulan.distributed_contrastive import (
+    distributed_contrastive_loss,
+    is_distributed,
+)
+from musiclm_engine.mulan.gradient_cache import embed_in_chunks
 from musiclm_engine.mulan.lengths import checked_lengths
 from musiclm_engine.mulan.text_tower import TextTransformer
 from musiclm_engine.mulan.tokenizer import PAD_ID, encode_captions
 from musiclm_engine.mulan.windows import num_windows, window_batches
 from musiclm_kernels import contrastive_loss
-
-INITIAL_TEMPERATURE = 10.0  # factor on the cosines: MuLan's tau of 0.1
-MAX_TEMPERATURE = 100.0  # as in CLIP (arXiv 2103.00020, section 2.5)
-INITIAL_SIGMOID_BIAS = -10.0  # arXiv 2303.15343, section 3.2
 
 
 class MuLaN(nn.Module):
@@ -36,12 +42,22 @@ class MuLaN(nn.Module):
             (`train_caption_tokenizer`).
         decoupled_contrastive_learning: leave the positive pair out of the denominators.
         sigmoid_contrastive_loss: sigmoid loss; replaces the decoupled one.
+        hierarchical_contrastive_loss: add the losses of layers before the last (ViCHA, arXiv
+            2208.13628), each with a projection, a temperature and a bias of its own. What audio
+            and text embed to comes from the last layer, as without.
+        hierarchical_contrastive_loss_layers: how many, at even distances in either tower; None is
+            one less than the depth of the shallower one, which is the most.
         window_seconds, stride_seconds: `embed_audio` averages over windows of longer audio.
 
     Raises:
-        ValueError: a tokenizer with more tokens than the text tower, a padding id other than 0, or
-            a window or stride that is not positive.
+        ValueError: a tokenizer with more tokens than the text tower, a padding id other than 0, a
+            window or stride that is not positive, a number of layers out of range, or any without
+            the hierarchical loss, or that loss with a tower of one layer.
     """
+
+    audio_layers_indices: Tensor
+    text_layers_indices: Tensor
+    multi_layer_contrastive_learning: MultiLayerContrast | None
 
     def __init__(
         self,
@@ -52,6 +68,8 @@ class MuLaN(nn.Module):
         tokenizer: Tokenizer,
         decoupled_contrastive_learning: bool = True,
         sigmoid_contrastive_loss: bool = False,
+        hierarchical_contrastive_loss: bool = False,
+        hierarchical_contrastive_loss_layers: int | None = None,
         window_seconds: float = 10.0,
         stride_seconds: float = 1.0,
     ):
@@ -81,7 +99,26 @@ class MuLaN(nn.Module):
         self.sigmoid_contrastive_loss = sigmoid_contrastive_loss
         self.audio_to_latents = nn.Linear(audio_transformer.dim, dim_latent)
         self.text_to_latents = nn.Linear(text_transformer.dim, dim_latent)
-        self.contrast = _Contrast(with_bias=sigmoid_contrastive_loss)
+        self.contrast = Contrast(with_bias=sigmoid_contrastive_loss)
+        self.hierarchical_contrastive_loss_layers = hierarchical_contrastive_loss_layers
+        self.multi_layer_contrastive_learning = None
+        if hierarchical_contrastive_loss:
+            depths = audio_transformer.depth, text_transformer.depth
+            num_layers = checked_num_layers(hierarchical_contrastive_loss_layers, *depths)
+            self.register_buffer("audio_layers_indices", spread_layers(num_layers, depths[0]))
+            self.register_buffer("text_layers_indices", spread_layers(num_layers, depths[1]))
+            self.multi_layer_contrastive_learning = MultiLayerContrast(
+                audio_transformer.dim,
+                text_transformer.dim,
+                dim_latent,
+                num_layers,
+                with_bias=sigmoid_contrastive_loss,
+            )
+        elif hierarchical_contrastive_loss_layers is not None:
+            raise ValueError(
+                f"hierarchical_contrastive_loss_layers={hierarchical_contrastive_loss_layers} "
+                "without hierarchical_contrastive_loss; want None"
+            )
 
     @property
     def sample_rate_hz(self) -> int:
@@ -98,6 +135,8 @@ class MuLaN(nn.Module):
             "tokenizer": json.loads(self.tokenizer.to_str()),
             "decoupled_contrastive_learning": self.decoupled_contrastive_learning,
             "sigmoid_contrastive_loss": self.sigmoid_contrastive_loss,
+            "hierarchical_contrastive_loss": self.multi_layer_contrastive_learning is not None,
+            "hierarchical_contrastive_loss_layers": self.hierarchical_contrastive_loss_layers,
             "window_seconds": self.window_seconds,
             "stride_seconds": self.stride_seconds,
         }
@@ -114,32 +153,58 @@ class MuLaN(nn.Module):
         )
 
     def forward(
-        self, audio: Tensor, texts: Sequence[str], *, lengths: Tensor | None = None
+        self,
+        audio: Tensor,
+        texts: Sequence[str],
+        *,
+        lengths: Tensor | None = None,
+        chunk_size: int | None = None,
     ) -> Tensor:
-        """The contrastive loss of B pairs, a scalar.
+        """The contrastive loss of B pairs, a scalar; the sum over layers if it is hierarchical.
+
+        With several processes (torch.distributed), the pairs of all of them are one batch: this is
+        a process's share of its loss, and under DistributedDataParallel the parameters get the
+        gradient of the whole (`distributed_contrastive_loss`).
 
         Args:
             audio: (B, time) at `sample_rate_hz`; each row passes whole through the tower.
             texts: B descriptions; row i belongs to clip i, and all others are its negatives.
             lengths: (B,) samples of each row that are audio; None is all of them.
+            chunk_size: pairs that pass through the towers at a time, each twice, so that a batch is
+                not bounded by memory (`embed_in_chunks`); None is all of them, once.
 
         Raises:
-            ValueError: fewer or more texts than clips, a single pair, an empty text, audio or
-                lengths that the tower refuses.
+            ValueError: fewer or more texts than clips, a single pair and no other process, an empty
+                text, audio or lengths that the tower refuses, a chunk size below 1.
         """
-        if audio.ndim != 2 or len(texts) != len(audio) or len(audio) < 2:
+        alone = not is_distributed()
+        least = 2 if alone else 1
+        if audio.ndim != 2 or len(texts) != len(audio) or len(audio) < least:
             raise ValueError(
                 f"audio has shape {tuple(audio.shape)} and there are {len(texts)} texts; "
-                "want (B, time) and B texts, with B >= 2"
+                f"want (B, time) and B texts, with B >= {least}"
             )
-        audio_latents = self._project(self.audio_to_latents, self.audio(audio, lengths=lengths))
-        return contrastive_loss(
-            audio_latents,
-            self.embed_text(texts),
-            self.contrast(),
+        chunk_size = len(audio) if chunk_size is None else chunk_size
+        ids = self._encode(texts)
+        if chunk_size == len(audio):
+            audio_latents = self._audio_layer_latents(audio, lengths)
+            text_latents = self._text_layer_latents(ids)
+        else:
+            audio_latents = embed_in_chunks(self._audio_layer_latents, (audio, lengths), chunk_size)
+            text_latents = embed_in_chunks(self._text_layer_latents, (ids,), chunk_size)
+        contrasts = [self.contrast]
+        if self.multi_layer_contrastive_learning is not None:
+            contrasts.append(self.multi_layer_contrastive_learning.contrast)
+        biases = [contrast.bias.flatten() for contrast in contrasts if contrast.bias is not None]
+        # One call for all layers: with several processes each pair's latents are sent once.
+        loss = contrastive_loss if alone else distributed_contrastive_loss
+        return loss(
+            audio_latents.transpose(0, 1),
+            text_latents.transpose(0, 1),
+            torch.cat([contrast() for contrast in contrasts]),
             kind=self._kind,
-            bias=None if self.contrast.bias is None else self.contrast.bias.reshape(()),
-        )
+            bias=torch.cat(biases) if biases else None,
+        ).sum()
 
     def embed_audio(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Audio (B, time) -> l2-normalised embeddings (B, dim_latent).
@@ -156,7 +221,7 @@ class MuLaN(nn.Module):
             ValueError: audio that is not (B, time) or is empty, lengths outside [1, time].
         """
         if audio.ndim != 2 or audio.shape[1] <= self.window_samples:
-            return self._project(self.audio_to_latents, self.audio(audio, lengths=lengths))
+            return self._audio_latents(audio, lengths)
         if lengths is None:
             row_samples = [audio.shape[1]] * len(audio)
         else:
@@ -164,7 +229,7 @@ class MuLaN(nn.Module):
         counts = num_windows(row_samples, self.window_samples, self.stride_samples)
         embeddings = torch.cat(
             [
-                self._project(self.audio_to_latents, self.audio(windows, lengths=held))
+                self._audio_latents(windows, held)
                 for windows, held in window_batches(
                     audio, row_samples, self.window_samples, self.stride_samples
                 )
@@ -179,9 +244,7 @@ class MuLaN(nn.Module):
         Raises:
             ValueError: texts that are not a non-empty list of str, or an empty text.
         """
-        ids = encode_captions(self.tokenizer, texts, self.text.max_seq_len)
-        ids = ids.to(self.text.token_emb.weight.device)
-        return self._project(self.text_to_latents, self.text(ids))
+        return self._text_latents(self._encode(texts))
 
     def similarity(
         self, audio: Tensor, texts: Sequence[str], *, lengths: Tensor | None = None
@@ -195,7 +258,7 @@ class MuLaN(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """The factor on the cosines in the loss, in [1, 100]."""
+        """The factor on the cosines in the last layer's loss, in [1, 100]."""
         return float(self.contrast().detach())
 
     @property
@@ -204,26 +267,35 @@ class MuLaN(nn.Module):
             return "sigmoid"
         return "decoupled" if self.decoupled_contrastive_learning else "softmax"
 
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        ids = encode_captions(self.tokenizer, texts, self.text.max_seq_len)
+        return ids.to(self.text.token_emb.weight.device)
+
+    def _audio_latents(self, audio: Tensor, lengths: Tensor | None) -> Tensor:
+        return self._project(self.audio_to_latents, self.audio(audio, lengths=lengths))
+
+    def _text_latents(self, ids: Tensor) -> Tensor:
+        return self._project(self.text_to_latents, self.text(ids))
+
+    def _audio_layer_latents(self, audio: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, layers, dim_latent) of what the loss compares: the last layer and those before."""
+        layered = self.multi_layer_contrastive_learning
+        if layered is None:
+            return self._audio_latents(audio, lengths)[:, None]
+        last, layers = self.audio(audio, lengths=lengths, return_all_layers=True)
+        before = layered.audio_latents(layers[self.audio_layers_indices])
+        latents = torch.cat((self.audio_to_latents(last)[:, None], before), dim=1)
+        return F.normalize(latents, dim=-1)
+
+    def _text_layer_latents(self, ids: Tensor) -> Tensor:
+        layered = self.multi_layer_contrastive_learning
+        if layered is None:
+            return self._text_latents(ids)[:, None]
+        last, layers = self.text(ids, return_all_layers=True)
+        before = layered.text_latents(layers[self.text_layers_indices])
+        latents = torch.cat((self.text_to_latents(last)[:, None], before), dim=1)
+        return F.normalize(latents, dim=-1)
+
     @staticmethod
     def _project(to_latents: nn.Module, x: Tensor) -> Tensor:
         return F.normalize(to_latents(x), dim=-1)
-
-
-class _Contrast(nn.Module):
-    """The loss's learned scalars."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, with_bias: bool):
-        super().__init__()
-        self.temperatures = nn.Parameter(torch.full((1, 1, 1), math.log(INITIAL_TEMPERATURE)))
-        bias = torch.full((1, 1, 1), INITIAL_SIGMOID_BIAS) if with_bias else None
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self) -> Tensor:
-        """The temperature, a scalar."""
-        limit = math.log(MAX_TEMPERATURE)
-        if self.training:
-            # Held at the limit itself: beyond it no gradient would bring the parameter back.
-            self.temperatures.data.clamp_(0, limit)
-        return self.temperatures.clamp(0, limit).exp().reshape(())

@@ -60,6 +60,7 @@ class TextTransformer(nn.Module):
             "pad_id": pad_id,
         }
         self.dim = dim
+        self.depth = depth
         self.num_tokens = num_tokens
         self.max_seq_len = max_seq_len
         self.pad_id = pad_id
@@ -87,15 +88,19 @@ class TextTransformer(nn.Module):
         """A tower of this shape with random weights."""
         return cls(**config)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(
+        self, ids: Tensor, *, return_all_layers: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Embeds captions.
 
         Args:
             ids: (B, T) int64 with T <= max_seq_len; `pad_id` fills up the shorter rows, and how
                 many of them there are changes nothing.
+            return_all_layers: give what each block makes of the cls token, too.
 
         Returns:
-            (B, dim); not l2-normalised.
+            (B, dim); not l2-normalised. With `return_all_layers` also (depth, B, dim), the last
+            block's last, before the final norm.
 
         Raises:
             ValueError: ids that are not integers of shape (B, T), or T > max_seq_len.
@@ -109,4 +114,8 @@ class TextTransformer(nn.Module):
         x = self.token_emb(ids) + self.pos_emb.weight[: ids.shape[1]]
         x = torch.cat((self.cls_token.expand(len(ids), 1, -1), x), dim=1)
         mask = F.pad(ids != self.pad_id, (1, 0), value=True)
-        return self.norm(self.transformer(x, key_mask=mask)[:, 0])
+        outputs = self.transformer(x, key_mask=mask, return_all_layers=return_all_layers)
+        if not return_all_layers:
+            return self.norm(outputs[:, 0])
+        layers = torch.stack([x[:, 0] for x in outputs])
+        return self.norm(layers[-1]), layers

@@ -58,10 +58,17 @@ class Transformer(nn.Module):
         *,
         position_bias: PositionBias | None = None,
         key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; key_mask: [B, N] bool, True where a token may be attended."""
+        return_all_layers: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """x [B, N, D] -> [B, N, D], or a list of what each block gives, the last one's last.
+
+        key_mask: [B, N] bool, True where a token may be attended.
+        """
+        outputs = []
         for block in self.layers:
             attention, feed_forward = block.children()
             x = x + attention(x, position_bias, key_mask)
             x = x + feed_forward(x)
-        return x
+            if return_all_layers:
+                outputs.append(x)
+        return outputs if return_all_layers else x

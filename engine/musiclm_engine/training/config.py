@@ -20,7 +20,9 @@ STAGE = SCHEDULE | {"batch_size", "crop_seconds", "text_share", "model", "sampli
 ENTRIES = {
     "codec": SCHEDULE | {"domain", "batch_size", "crop_seconds", "model"},
     "tokenizer": {"clips", "model"},
-    "mulan": SCHEDULE | {"batch_size", "crop_seconds", "vocab_size", "audio", "text", "dim_latent"},
+    "mulan": SCHEDULE
+    | {"batch_size", "crop_seconds", "vocab_size", "audio", "text", "dim_latent"}
+    | {"chunk_size"},
     "quantizer": {"model"},
     "semantic": STAGE,
     "coarse": STAGE | {"num_coarse_quantizers"},

@@ -117,7 +117,8 @@ def mulan_recipe(place: Workplace) -> Recipe:
 
     def losses(step: int) -> dict[str, Tensor]:
         audio, captions = train.batch(step)
-        return {"loss": model(audio.to(place.device), captions)}
+        loss = model(audio.to(place.device), captions, chunk_size=settings.get("chunk_size"))
+        return {"loss": loss}
 
     def validation() -> dict[str, float]:
         figures = []
