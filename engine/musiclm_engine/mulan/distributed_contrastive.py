@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from musiclm_kernels import contrastive_gradient, contrastive_statistics
-from musiclm_kernels.checks import check_dims, check_shape
 
 
 def is_distributed() -> bool:
@@ -45,11 +44,14 @@ def distributed_contrastive_loss(
     Raises:
         ValueError: as `contrastive_loss`.
     """
-    check_shape("text", text, *audio.shape)
+    if audio.dim() not in (2, 3) or text.shape != audio.shape:
+        raise ValueError(
+            f"audio has shape {tuple(audio.shape)}, text has shape {tuple(text.shape)}; "
+            "want the same (b, D) or (L, b, D)"
+        )
     if audio.dim() == 2:
         scalars = (temperature.reshape(1), None if bias is None else bias.reshape(1))
         return _Loss.apply(audio[None], text[None], *scalars, kind, group).squeeze(0)
-    check_dims("audio", audio, "L b D")
     num_layers = len(audio)
     bias = None if bias is None else bias.expand(num_layers)
     return _Loss.apply(audio, text, temperature.expand(num_layers), bias, kind, group)
