@@ -2,6 +2,9 @@
 
 The vectors are such that there is one right answer: at every level the nearest code is nearer than
 the next by more than what the precision of the case leaves open. So codes are compared, not errors.
+
+"fast" multiplies in fp16 on a GPU. vector-quantize-pytorch multiplies float32 as PyTorch is set to: it
+is timed as it comes, and with TF32, the quickest it can be set to.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.case import Call, Case, Provider, Suite, Tensors, Work
+from benchmarks.case import Call, CannotRun, Case, Provider, Suite, Tensors, Work
 from benchmarks.peers import import_peer
 from benchmarks.run import main
 from musiclm_kernels import rvq_encode
@@ -101,9 +104,11 @@ def build_ours(case: RvqCase, inputs: Tensors, *, compiled: bool = False) -> Cal
 
 
 def build_vector_quantize_pytorch(
-    case: RvqCase, inputs: Tensors, *, compiled: bool = False
+    case: RvqCase, inputs: Tensors, *, compiled: bool = False, tf32: bool = False
 ) -> Call:
     """Its ResidualVQ in eval mode over the same codebooks."""
+    if tf32 and not inputs["x"].is_cuda:
+        raise CannotRun("TF32 is of GPUs")
     module = import_peer("vector_quantize_pytorch").ResidualVQ(
         dim=case.width, num_quantizers=case.levels, codebook_size=case.codes
     )
@@ -113,8 +118,11 @@ def build_vector_quantize_pytorch(
     function = torch.compile(module, dynamic=False) if compiled else module
 
     def call() -> Tensors:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else before)
         with torch.no_grad():
             quantized, codes, _losses = function(inputs["x"][None])
+        torch.set_float32_matmul_precision(before)
         return {"codes": codes[0], "quantized": quantized[0]}
 
     return call
@@ -153,6 +161,7 @@ SUITE = Suite(
         Provider("ours", build_ours),
         Provider("ours compiled", partial(build_ours, compiled=True)),
         Provider("vector-quantize-pytorch", build_vector_quantize_pytorch),
+        Provider("vector-quantize-pytorch tf32", partial(build_vector_quantize_pytorch, tf32=True)),
         Provider(
             "vector-quantize-pytorch compiled",
             partial(build_vector_quantize_pytorch, compiled=True),

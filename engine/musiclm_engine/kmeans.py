@@ -103,13 +103,13 @@ def _survey(
     finite = torch.ones((), dtype=torch.bool)
     for batch in stream():
         width = width or batch.shape[-1]
-        if batch.shape != (len(batch), width) or not batch.is_floating_point():
+        if batch.shape != (len(batch), width) or width < 1 or not batch.is_floating_point():
             raise ValueError(
                 f"a batch is {batch.dtype} of shape {tuple(batch.shape)}, "
                 f"wanted floats of shape (N, {width or 'D'})"
             )
         num_rows, device = num_rows + len(batch), batch.device
-        finite = finite.to(device) & batch.isfinite().all()
+        finite = finite.to(device) & batch.float().isfinite().all()
     found = torch.tensor([num_rows, width, int(finite)], device=device)
     of_processes = [found]
     if group is not None:

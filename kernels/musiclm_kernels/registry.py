@@ -20,14 +20,14 @@ def define_op(
     *,
     kernel: str | None = None,
 ) -> torch._ops.OpOverload:
-    """Register musiclm::name: the reference is its body on CPU; on CUDA the kernel, if there is one.
+    """Register musiclm::name: a body in PyTorch for CPU; on CUDA the kernel, if there is one.
 
-    A float64 op has no kernel: it runs its definition everywhere.
+    A kernel takes no float64: with such an argument the body in PyTorch runs everywhere.
 
     Args:
         name: the op's name within `torch.ops.musiclm`.
         schema: arguments and results in PyTorch's schema language.
-        reference: the body; called with the schema's arguments in order.
+        reference: the body in PyTorch, the definition or a quicker way to the same; called with the schema's arguments in order.
         fake: the shape rule, called in the same way.
         kernel: "module:function" of the launcher, called in the same way and imported on its first
             call, so that nothing but a GPU's user needs Triton.
@@ -35,11 +35,13 @@ def define_op(
     qualified = f"musiclm::{name}"
 
     def body(*arguments: Any) -> Any:
-        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        first, dtypes = tensors[0], {tensor.dtype for tensor in tensors}
         device = first.device.type
         interpreted = device == "cpu" and _kernels_on_cpu.get()
         # The interpreter multiplies bfloat16 as the integers of its bits.
-        takes = first.dtype not in (torch.float64, torch.bfloat16 if interpreted else None)
+        refused = {torch.float64, torch.bfloat16} if interpreted else {torch.float64}
+        takes = dtypes.isdisjoint(refused)
         with _without_autocast(device):
             if kernel is not None and takes and (device == "cuda" or interpreted):
                 with torch.cuda.device_of(first):  # Triton launches on the current device
@@ -47,7 +49,7 @@ def define_op(
             if interpreted:
                 raise RuntimeError(
                     f"through_kernels: no Triton kernel of musiclm::{name} runs on CPU in "
-                    f"{first.dtype}"
+                    f"{', '.join(map(str, dtypes & refused)) or first.dtype}"
                 )
             return reference(*arguments)
 

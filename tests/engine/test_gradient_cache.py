@@ -53,6 +53,11 @@ def test_gradients_are_those_of_one_pass(chunk_size, lengths):
         torch.testing.assert_close(one, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_lengths_are_those_of_the_whole_batch():
+    with pytest.raises(ValueError, match=r"want integers of shape \(6,\)"):
+        build()(noise(), CAPTIONS, lengths=torch.full((7,), 100), chunk_size=2)
+
+
 def test_gradients_under_autocast():
     model = build().eval()
     with torch.autocast("cpu", torch.bfloat16):

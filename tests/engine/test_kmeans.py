@@ -164,6 +164,8 @@ POINTS = cloud(20)
         (lambda: [POINTS, POINTS[:, :5]], 2, r"of shape \(20, 5\), wanted floats of shape \(N, 6"),
         (POINTS.clone().index_fill_(0, torch.tensor(3), torch.inf), 2, "not finite"),
         (POINTS * torch.nan, 2, "not finite"),
+        (POINTS.double() * 1e300, 2, "not finite"),
+        (POINTS[:, :0], 2, "wanted floats of shape"),
         (exhausted(), 2, "batches held 500 points and now hold 0"),
         (POINTS, 0, "codebook_size 0"),
     ],

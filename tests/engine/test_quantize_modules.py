@@ -369,6 +369,83 @@ def test_each_step_draws_other_vectors():
     assert not torch.equal(first, second)
 
 
+def test_resumed_training_is_uninterrupted():
+    def train(stop=None):
+        rvq = residual(dead_share=0.5)
+        for step in range(12):
+            if step == stop:
+                state, rvq = rvq.state_dict(), residual(dead_share=0.5)
+                rvq.load_state_dict(state)
+            torch.manual_seed(step)  # as the training loop does
+            rvq(vectors(2, 10, 8, seed=step))
+        return rvq.codebooks
+
+    assert torch.equal(train(), train(stop=6))
+
+
+@pytest.mark.parametrize("num_vectors", [5, 50])
+def test_a_bad_first_vector_spoils_no_codebook(num_vectors):
+    rvq = residual(kmeans_init=True)
+    x = vectors(1, num_vectors, 8)
+    x[0, 2, 3] = torch.nan
+    rvq(x)
+    assert rvq.codebooks.isfinite().all()
+
+
+def test_indices_of_another_layout_are_refused():
+    rvq, x = residual().eval(), vectors()
+    indices = torch.randint(16, (4, 30, 3))
+    wanted = rvq(x, indices=indices)[1]
+    assert rvq(x, indices=list(indices.unbind(-1)))[1] == wanted
+    with pytest.raises(ValueError, match="levels last"):
+        rvq(x, indices=indices.transpose(0, 1))
+    with pytest.raises(ValueError, match="indices are"):
+        VectorQuantize(8, 16)(x, indices=indices[..., 0].T)
+
+
+def test_groups_hear_the_seed_of_quantizer_dropout():
+    torch.manual_seed(0)
+    grouped = GroupedResidualVQ(**SIZES, groups=2, quantize_dropout=True)
+    kept = {
+        int((grouped(vectors(), rand_quantize_dropout_fixed_seed=3)[1][0, 0, 0] >= 0).sum())
+        for _ in range(8)
+    }
+    assert len(kept) == 1
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("codebook_dim", [None, 3])
+def test_what_a_mask_leaves_out_decodes_to_zeros(kind, codebook_dim):
+    options = dict(of_each_kind(codebook_dim=codebook_dim))[kind]
+    quantizer, x = OURS[kind](**options).eval(), vectors()
+    mask = torch.arange(30) < torch.tensor([30, 7, 0, 1])[:, None]
+    out, indices, *_ = quantizer(x, mask=mask)
+    torch.testing.assert_close(quantizer.get_output_from_indices(indices), out)
+    assert not out[~mask].any() and out[mask].any()
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_no_vectors_give_no_vectors(kind):
+    quantizer = OURS[kind](**dict(of_each_kind())[kind])
+    for training in (True, False):
+        out, indices, *_ = quantizer.train(training)(torch.zeros(2, 0, 8))
+        assert out.shape == (2, 0, 8) and indices.numel() == 0
+
+
+def test_half_precision_projections_are_fitted():
+    rvq = residual(codebook_dim=4).half()
+    rvq.fit(vectors().half(), seed=0)
+    assert rvq.is_initialised and rvq.codebooks.dtype == torch.float32
+
+
+def test_loading_onto_no_memory_is_refused():
+    state = residual().state_dict()
+    with torch.device("meta"):
+        empty = residual()
+    with pytest.raises(RuntimeError, match="meta device"):
+        empty.load_state_dict(state)
+
+
 def test_a_share_of_an_even_share_does_for_any_batch():
     # 5 vectors for 16 codes: a threshold of 2 replaces all that are not fresh, a share does not.
     few = vectors(1, 5, 8)

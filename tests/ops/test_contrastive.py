@@ -77,6 +77,30 @@ def test_a_second_derivative_is_refused():
         first.sum().backward()
 
 
+def test_a_second_derivative_by_the_rows_of_one_by_the_temperature_is_refused():
+    audio, text = (x.requires_grad_() for x in pairs())
+    temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(audio, text, temperature)
+    (first,) = torch.autograd.grad(loss, temperature, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        first.backward()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", [80.0, 88.0, 92.0, 99.0, 101.0, 1000.0])
+def test_a_rival_far_ahead_costs_what_it_is_ahead(kind, score):
+    """Where exp(score) is no float32 any more, and on both sides of it."""
+    audio = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    text = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    loss = contrastive_loss(audio, text, score, kind=kind)
+    wanted = torch.tensor(score + (0 if kind == "softmax" else math.log(2)))
+    torch.testing.assert_close(loss.detach(), wanted)
+    (grad,) = torch.autograd.grad(loss, audio)
+    wide = audio.detach().double().requires_grad_()
+    wanted = reference.contrastive_loss(wide, text.double(), score, kind=kind)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted, wide)[0].float())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_match_autograd_through_the_reference(kind):
     audio, text = (x.requires_grad_() for x in pairs(33, 8))

@@ -86,6 +86,15 @@ def test_through_kernels_refuses_what_no_kernel_takes(interpreter, dtype):
     assert musiclm_kernels.qk_l2norm(q, q, scale, scale)[0].dtype == dtype
 
 
+def test_no_kernel_takes_a_type_that_hides_behind_another(interpreter):
+    books = torch.ones(1, 2, 3, dtype=torch.float64)
+    with (
+        through_kernels(),
+        pytest.raises(RuntimeError, match=r"rvq_decode runs on CPU in torch\.f"),
+    ):
+        musiclm_kernels.rvq_decode(torch.zeros(2, 1, dtype=torch.int64), books)
+
+
 def test_through_kernels_refuses_an_op_without_a_kernel(interpreter):
     assert musiclm_kernels.implementations()["sample_logits"]["cuda"] == "reference"
     logits, seeds = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)

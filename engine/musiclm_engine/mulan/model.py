@@ -184,6 +184,7 @@ class MuLaN(nn.Module):
                 f"audio has shape {tuple(audio.shape)} and there are {len(texts)} texts; "
                 f"want (B, time) and B texts, with B >= {least}"
             )
+        lengths = None if lengths is None else checked_lengths(lengths, audio)
         chunk_size = len(audio) if chunk_size is None else chunk_size
         ids = self._encode(texts)
         if chunk_size == len(audio):

@@ -6,7 +6,7 @@ What differs on purpose:
 - The forward value is the chosen codes' sum itself, also with the rotation trick.
 - Once the codebooks are initialised nothing waits for the device in training, and one step compiles
   to one graph: the level at which quantiser dropout starts and the vectors that replace dead codes
-  are drawn on the device, the latter from a counter. Codes are replaced after the batch that
+  are drawn on the device, by torch's generator. Codes are replaced after the batch that
   initialised them, not by it, and a fresh code counts as if it had an even share of the vectors.
 - Codes that k-means finds no vector for start dead, as zeros, where there are repeated ones.
 - The averages stay in float32 under `.half()`, and processes share them also if

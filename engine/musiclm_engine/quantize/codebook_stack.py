@@ -8,7 +8,11 @@ from torch import Tensor, distributed, nn
 
 from musiclm_engine.kmeans import residual_kmeans
 from musiclm_engine.quantize.options import QuantizerOptions
-from musiclm_engine.quantize.processes import rows_of_all_processes, several_processes
+from musiclm_engine.quantize.processes import (
+    of_process_0,
+    rows_of_all_processes,
+    several_processes,
+)
 from musiclm_kernels import (
     rvq_apply_statistics,
     rvq_ema_update,
@@ -43,7 +47,6 @@ class CodebookStack(nn.Module):
     cluster_size: Tensor
     embed_avg: Tensor
     embed: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -65,8 +68,6 @@ class CodebookStack(nn.Module):
         self.register_buffer("embed_avg", embed.clone())
         self.register_buffer("cluster_size", torch.ones(num_levels, codebook_size))
         self.register_buffer("initted", torch.full((num_levels,), not options.kmeans_init))
-        # The seed of the next draw of replacements: on the device, where no one waits for it.
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
         # What `initted` says, where a look waits for no device and breaks no graph.
         self._is_known_initialised = not options.kmeans_init
 
@@ -95,6 +96,7 @@ class CodebookStack(nn.Module):
             rows = rows[counted]
         if self.is_synced and self.options.sync_kmeans:
             rows = rows_of_all_processes(rows)
+        rows = rows[rows.isfinite().all(1)]  # as later, when such a vector counts nowhere
         if len(rows):
             Q, K, _ = self.embed.shape
             first = int(self.initted.long().cumprod(0).sum())  # the last may never have been met
@@ -143,13 +145,16 @@ class CodebookStack(nn.Module):
     def follow(self, rows: Tensor, codes: Tensor, *, replace_dead: bool) -> None:
         """Move the codebooks by one step towards the vectors [N, D] that chose the codes [N, Q]."""
         threshold = self._dead_threshold(len(rows)) if replace_dead else 0.0
+        # Drawn on the device, where no one waits for it.
+        seed = torch.randint(2**62, (), device=rows.device)
         averages = (self.embed, self.cluster_size, self.embed_avg)
         if self.is_synced:
             # Numbers far apart, so that it does not matter how many rows another process has.
+            seed = of_process_0(seed)
             rank, num_processes = distributed.get_rank(), distributed.get_world_size()
             first_row = rank * (MAX_ROWS // num_processes)
             counts, sums, draws = rvq_statistics(
-                rows, codes, self.embed, seed=self.step, first_row=first_row
+                rows, codes, self.embed, seed=seed, first_row=first_row
             )
             distributed.all_reduce(counts)
             distributed.all_reduce(sums)
@@ -166,9 +171,8 @@ class CodebookStack(nn.Module):
         else:
             rvq_ema_update(
                 rows, codes, *averages,
-                decay=self.options.decay, dead_threshold=threshold, seed=self.step, eps=self.options.eps,
+                decay=self.options.decay, dead_threshold=threshold, seed=seed, eps=self.options.eps,
             )  # fmt: skip
-        self.step += 1
 
     def _dead_threshold(self, num_rows: int) -> float:
         if self.options.dead_share is None:
@@ -210,6 +214,9 @@ class CodebookStack(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self.embed.is_meta:
+            error_msgs.append(f"{prefix}: codebooks on the meta device, wanted to_empty() before")
+            return
         wanted = {prefix + key: own for key, own in self._slices().items()}
         for key, own in wanted.items():
             if key not in state_dict:

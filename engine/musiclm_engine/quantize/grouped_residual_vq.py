@@ -63,6 +63,7 @@ class GroupedResidualVQ(nn.Module):
         *,
         freeze_codebook: bool | None = None,
         mask: Tensor | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
         **unsupported: Any,
     ) -> tuple[Any, ...]:
         """As `ResidualVQ.forward`: all groups drop the same levels.
@@ -76,7 +77,9 @@ class GroupedResidualVQ(nn.Module):
             raise ValueError(f"x is {tuple(x.shape)}, wanted {self.dim} in place {self.split_dim}")
         first, levels_kept = self.quantizers[0], None
         if self.training and first.quantize_dropout and indices is None:
-            levels_kept = first.draw_levels_kept(x.shape[0], x.device)
+            levels_kept = first.draw_levels_kept(
+                x.shape[0], x.device, seed=rand_quantize_dropout_fixed_seed
+            )
         outputs = [
             rvq(
                 part,

@@ -69,8 +69,10 @@ class Quantizer(nn.Module):
         """
 
         def latents(batch: Tensor) -> Tensor:
-            vectors = self._channels_last(batch.to(self.stack.embed))
-            return self.project_in(vectors).reshape(-1, self.codebook_dim)
+            vectors = self._channels_last(batch.to(self.stack.embed.device))
+            if isinstance(self.project_in, nn.Linear):
+                vectors = self.project_in(vectors.to(self.project_in.weight.dtype))
+            return vectors.reshape(-1, self.codebook_dim).to(self.stack.embed.dtype)
 
         data = latents(batches) if isinstance(batches, Tensor) else lambda: map(latents, batches())
         self.stack.fit(data, seed=seed, iterations=iterations)
@@ -91,6 +93,11 @@ class Quantizer(nn.Module):
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask is {mask.dtype} of shape {tuple(mask.shape)}, wanted bool of {tuple(shape)}"
+            )
+        num_levels = len(self.stack.embed)
+        if wanted is not None and wanted.shape != (*shape, num_levels):
+            raise ValueError(
+                f"indices are {tuple(wanted.shape)}, wanted {(*shape, num_levels)}: levels last"
             )
         latents = self.project_in(vectors)
         stack, counted = self.stack, None if mask is None else mask.reshape(-1)
@@ -115,7 +122,7 @@ class Quantizer(nn.Module):
         if mask is not None:
             keeps = not self.options.return_zeros_for_masked_padding
             out = out.where(mask[..., None], vectors if keeps else 0.0)
-        return self._channels_back(out), codes.view(*shape, -1), losses
+        return self._channels_back(out), codes.view(*shape, num_levels), losses
 
     def _left_out(
         self, codes: Tensor, shape: torch.Size, counted: Tensor | None, levels_kept: Tensor | None
@@ -126,7 +133,7 @@ class Quantizer(nn.Module):
             dropped = torch.arange(codes.shape[1], device=codes.device) >= levels_kept.view(
                 -1, 1, 1
             )
-            by_item = codes.view(shape[0], math.prod(shape[1:]), -1)
+            by_item = codes.view(shape[0], math.prod(shape[1:]), codes.shape[1])
             codes = by_item.masked_fill(dropped, -1).view(codes.shape)
         return codes if counted is None else codes.masked_fill(~counted[:, None], -1)
 

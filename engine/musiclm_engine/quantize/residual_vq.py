@@ -106,7 +106,7 @@ class ResidualVQ(Quantizer):
         Args:
             x: [B, ..., dim], [B, dim, ...] or [B, dim], as the options say.
             mask: [B, ...] bool, True for the vectors that count.
-            indices: [B, ..., Q] int64: codes that x should have.
+            indices: [B, ..., Q] int64, or a list of Q [B, ...]: codes that x should have.
             return_all_codes: whether to return each level's codes too.
             freeze_codebook: in the place of the constructor's.
             rand_quantize_dropout_fixed_seed: how many levels stay, by Python's generator rather
@@ -127,7 +127,7 @@ class ResidualVQ(Quantizer):
         """
         refuse(unsupported, OF_A_CALL)
         if isinstance(indices, list):
-            indices = torch.stack(indices)
+            indices = torch.stack(indices, dim=-1)
         if levels_kept is None and self.training and self.quantize_dropout and indices is None:
             levels_kept = self.draw_levels_kept(
                 x.shape[0], x.device, seed=rand_quantize_dropout_fixed_seed
@@ -142,7 +142,7 @@ class ResidualVQ(Quantizer):
     def draw_levels_kept(
         self, num_items: int, device: torch.device, *, seed: int | None = None
     ) -> Tensor:
-        """How many levels stay, [] or [num_items] int64: the same in every process, and drawn on the
+        """How many levels stay, [], the same in every process, or [num_items] int64: drawn on the
         device, where nobody waits for it."""
         first, Q = self.quantize_dropout_cutoff_index, self.num_quantizers
         if seed is not None:
@@ -169,6 +169,7 @@ class ResidualVQ(Quantizer):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices [B, ..., q <= Q] -> what `forward` gave with them, in x's layout."""
-        flat = indices.reshape(math.prod(indices.shape[:-1]), -1)
-        total = rvq_decode(flat, self.codebooks).view(*indices.shape[:-1], -1)
-        return self._channels_back(self.project_out(total))
+        flat = indices.reshape(math.prod(indices.shape[:-1]), indices.shape[-1])
+        total = rvq_decode(flat, self.codebooks).view(*indices.shape[:-1], self.codebook_dim)
+        nothing = (indices < 0).all(dim=-1, keepdim=True)  # left out by a mask
+        return self._channels_back(self.project_out(total).masked_fill(nothing, 0.0))

@@ -87,9 +87,12 @@ class VectorQuantize(Quantizer):
         return quantized, codes[..., 0], losses[0]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Indices [B, ...] -> their codes [B, ..., D], or [B, D, ...] if x lies so."""
-        return self._channels_back(self.codebook[indices])
+        """Indices [B, ...] -> their codes [B, ..., D], or [B, D, ...] if x lies so; zeros for -1."""
+        codes = self.codebook[indices.clamp_min(0)].masked_fill((indices < 0)[..., None], 0.0)
+        return self._channels_back(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Indices [B, ...] -> what `forward` gave with them, in x's layout."""
-        return self._channels_back(self.project_out(self.codebook[indices]))
+        nothing = (indices < 0)[..., None]  # left out by a mask
+        out = self.project_out(self.codebook[indices.clamp_min(0)])
+        return self._channels_back(out.masked_fill(nothing, 0.0))

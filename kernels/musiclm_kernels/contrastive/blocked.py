@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SCORES = 2**17  # half a megabyte in float32, of which a block takes three or four
+LINEAR = 50  # beyond it, softplus(x) is x in float64 too; its own exponential overflows near 88
 MIN_ROWS = 8  # below it, the matrix products of a block are too thin
 
 
@@ -57,7 +58,7 @@ def _softmax_terms(
     total = weights.sum(1)
     mean = torch.linalg.vecdot(weights, products) / total.clamp_min(torch.finfo(total.dtype).tiny)
     ahead = highest + total.log() - temperature * own
-    cost = ahead if decoupled else F.softplus(ahead, threshold=100)
+    cost = ahead if decoupled else F.softplus(ahead, threshold=LINEAR)
     share = torch.ones_like(ahead) if decoupled else ahead.sigmoid()
     of_rows = torch.stack((cost + temperature * own, share))
     return of_rows, (cost, share * (mean - own), torch.zeros_like(own))
@@ -69,7 +70,7 @@ def _sigmoid_terms(
     """What each row adds to the loss and to its slopes in temperature and bias."""
     scores = _sigmoid_scores(products, temperature, bias, layer)
     scores.diagonal(start).neg_()
-    losses = F.softplus(scores, threshold=100)
+    losses = F.softplus(scores, threshold=LINEAR)
     slopes = scores.sigmoid_()
     slopes.diagonal(start).neg_()
     return losses, torch.linalg.vecdot(slopes, products), slopes

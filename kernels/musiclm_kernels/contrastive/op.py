@@ -71,6 +71,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.kind, ctx.first, ctx.count = kind, first, count
 
 
+class _NotTwice(torch.autograd.Function):
+    """A derivative, as one of tensors that it is a constant to: autograd would take it for one."""
+
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, *_: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("musiclm::contrastive_loss cannot be differentiated twice")
+
+
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
@@ -78,8 +90,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     grad_audio, grad_text = _gradient(
         grad, audio, text, log_sums, temperature, bias, ctx.kind, ctx.first, ctx.count
     )
-    by_temperature = (grad * slopes[0]).to(temperature.dtype)
-    by_bias = None if bias is None else (grad * slopes[1]).to(bias.dtype)
+    by_temperature = _NotTwice.apply(
+        (grad * slopes[0]).to(temperature.dtype), audio, text, temperature
+    )
+    by_bias = None
+    if bias is not None:
+        by_bias = _NotTwice.apply((grad * slopes[1]).to(bias.dtype), audio, text, temperature)
     return grad_audio, grad_text, by_temperature, by_bias, None, None, None
 
 
@@ -220,6 +236,8 @@ def contrastive_gradient(
     _check_range(audio, text, temperature, kind, bias, first, count)
     L, B, _ = audio.shape
     check_shape("grad", grad, L)
+    for name, given in (("grad", grad), ("log_sums", log_sums)):
+        check_dtype(name, given, torch.promote_types(audio.dtype, torch.float32))
     check_shape("log_sums", log_sums, 0 if kind == "sigmoid" else 4, L, B)
     with torch.no_grad():
         grad_audio, grad_text = _gradient(

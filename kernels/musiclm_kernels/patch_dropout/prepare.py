@@ -197,7 +197,7 @@ def prepare(
     B, W, H, keep, empty = problem.B, problem.W, problem.H, problem.keep, problem.empty
     N = W * H
     ranked = keep < N
-    if ranked and N > MAX_RANKED:  # PyTorch sorts the words
+    if N > MAX_RANKED:  # PyTorch sorts the words
         device = problem.spectrogram.device
         indices, slots, counts = choose_patches(seed, num_valid, B, N, keep, device)
         codes, key_mask = places(indices, counts, H)
