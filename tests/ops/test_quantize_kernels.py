@@ -166,7 +166,7 @@ def test_x_with_strides_and_narrow_codebooks(tiles):
         assert view.stride() != x.stride()
         for one, other in zip(run(view, codebooks, "exact"), wanted, strict=True):
             assert torch.equal(one, other)
-    narrow = codebooks.bfloat16()
+    narrow = codebooks.half()
     assert_as_promised(x, narrow, *run(x, narrow, "exact"), "exact")
     strided = codebooks.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(run(x, strided, "exact")[0], wanted[0])
@@ -198,7 +198,7 @@ def test_a_width_that_no_kernel_takes():
         run(torch.zeros(2, 513), torch.zeros(1, 3, 513), "exact")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("D", [1, 20, 64])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_decode(monkeypatch, dtype, D, levels):

@@ -47,8 +47,7 @@ def _decode_kernel(
 def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """The op's body on CUDA."""
     (N, Q), (_, K, D) = codes.shape, codebooks.shape
-    wide = torch.promote_types(codebooks.dtype, torch.float32)
-    out = torch.empty((N, D), dtype=wide, device=codes.device)
+    out = torch.empty((N, D), dtype=torch.float32, device=codes.device)
     BLOCK_D = min(triton.next_power_of_2(max(D, 1)), MAX_COLUMNS)
     BLOCK_N = max(1, TILE_ELEMENTS // BLOCK_D)
     if out.numel():
