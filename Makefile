@@ -31,6 +31,7 @@ test: $(VENV)/test.stamp  ## Lint, formatting, types, tests: what CI runs.
 
 bench: $(VENV)/bench.stamp  ## Every operation beside its peers: what this machine can run.
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
+	$(BIN)/python -m benchmarks.decode_step
 
 budgets: $(VENV)/test.stamp  ## What the kernels compile to, beside the committed budget. No GPU needed.
 	$(BIN)/python -m benchmarks.offline
@@ -76,8 +77,8 @@ $(VENV)/judges.stamp: $(VENV)/eval.stamp
 # --no-deps: see benchmarks/peers.py; of open_clip one file is read, which needs torch alone.
 $(VENV)/bench.stamp: $(SOURCES) | $(BIN)/pip
 	@echo "Installing into $(VENV): some minutes the first time."
-	$(INSTALL) -e ".[dev,bench,vq]"
-	$(INSTALL) --no-deps musiclm-pytorch beartype open_clip_torch
+	$(INSTALL) -e ".[dev,bench,vq,hf]"
+	$(INSTALL) --no-deps musiclm-pytorch audiolm-pytorch hyper-connections beartype open_clip_torch
 	@touch $@
 
 # All of it, so that no test is skipped for want of a package.
@@ -85,4 +86,5 @@ $(VENV)/test.stamp: $(SOURCES) | $(BIN)/pip
 	@echo "Installing into $(VENV): some minutes the first time."
 	$(INSTALL) -e ".[dev,train,data,eval,plot,bench,vq]"
 	$(INSTALL) --no-deps tinysoundfont basic-pitch musicnn
+	$(INSTALL) --no-deps audiolm-pytorch hyper-connections beartype
 	@touch $@

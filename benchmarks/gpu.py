@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import ast_block, attention, contrastive, correctness, patch_front, rvq
+from benchmarks import (
+    ast_block,
+    attention,
+    contrastive,
+    correctness,
+    decode_attention,
+    decode_layer,
+    decode_step,
+    patch_front,
+    rvq,
+    sampling,
+)
 from benchmarks.case import Suite
 from benchmarks.record import RESULTS, Recorder, Row, recorder_for
 from benchmarks.run import DeviceLost, check_suite, run_suite
@@ -25,9 +36,12 @@ SUITES: dict[str, Suite[Any]] = {
         patch_front.SUITE,
         rvq.SUITE,
         contrastive.SUITE,
+        decode_attention.SUITE,
+        decode_layer.SUITE,
+        sampling.SUITE,
     )
 }
-STEPS = ("ceilings", "correctness", *SUITES)
+STEPS = ("ceilings", "correctness", *SUITES, "decode_step")
 
 
 def ceilings(device: torch.device) -> list[Row]:
@@ -87,6 +101,15 @@ def _run(options: argparse.Namespace, device: torch.device, recorder: Recorder) 
                 num_bad += correctness.run(device, recorder, deadline)
                 num_bad += sum(
                     check_suite(suite, device, recorder, deadline) for suite in SUITES.values()
+                )
+            elif step == "decode_step":
+                num_bad += decode_step.run(
+                    device,
+                    recorder,
+                    budget_s=options.seconds,
+                    deadline=deadline,
+                    match=options.match,
+                    only=set(only) if only else None,
                 )
             else:
                 num_bad += run_suite(

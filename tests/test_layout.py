@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "audiolm": LEAVES,
     "components": LEAVES | {"codec", "mulan", "audiolm"},
     "generation": MODELS,
+    "interop": LEAVES | {"generation"},
     "data": {"audio", "whole_file"},
     "training": MODELS | {"data"},
     "training.bundle": MODELS | {"generation", "musiclm"},

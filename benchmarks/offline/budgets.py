@@ -20,6 +20,9 @@ _NOTHING: dict[str, Any] = {
     "scalar_dots": 0,
     "float_atomics": 0,
     "async_gathers": 0,
+    "fused_adds": 0,
+    "grid_waits": 0,
+    "loads_ahead": 0,
 }
 
 Budget = dict[str, dict[str, dict[str, Figures]]]

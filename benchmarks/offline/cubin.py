@@ -35,6 +35,8 @@ _FLOAT_ATOMIC = re.compile(
     r"\b(?:atom|red)\.\S*\.b?f(?:16|16x2|32|64)\b|\bcp\.reduce\.async\.bulk\b", re.ASCII
 )
 _ASYNC_GATHER = re.compile(r"async_copy_global_to_local .*: tensor<\d+x\d+x!tt\.ptr<f32>")
+_FUSED_ADD = re.compile(r"\bfma\.rn(?:\.ftz)?\.f32\b", re.ASCII)
+GRID_WAIT = "ACQBULK"  # griddepcontrol.wait: here a kernel waits for those before it
 _SCALAR_DOT = re.compile(r"\btt\.dot .*parent = #blocked")
 
 
@@ -55,6 +57,9 @@ class Figures:
         float_atomics: floating-point atomics in the PTX, bulk reductions among them.
         async_gathers: `cp.async` of two-dimensional tiles of fp32, in a kernel of narrower inputs
             entries of a table that are fetched one by one.
+        fused_adds: fp32 multiply-adds of one rounding, in the PTX.
+        grid_waits: where it waits for the kernel before it (programmatic dependent launch).
+        loads_ahead: loads from global memory that stand in the code before the first such wait.
     """
 
     registers: int
@@ -68,6 +73,9 @@ class Figures:
     scalar_dots: int
     float_atomics: int
     async_gathers: int
+    fused_adds: int
+    grid_waits: int
+    loads_ahead: int
 
 
 def read(kernel: CompiledKernel, arch: int) -> Figures:
@@ -81,6 +89,8 @@ def read(kernel: CompiledKernel, arch: int) -> Figures:
     shared = static_shared + kernel.metadata.shared
     functions = [parse(text) for text in listing.split("Function : ")[1:]]
     code = [instruction for function in functions for instruction in function]
+    names = [instruction.name for instruction in code if not instruction.never]
+    ahead = names[: names.index(GRID_WAIT)] if GRID_WAIT in names else []
     main = [loop for function in functions for loop in main_loops(loops(function))]
     return Figures(
         registers=registers,
@@ -100,6 +110,9 @@ def read(kernel: CompiledKernel, arch: int) -> Figures:
         scalar_dots=len(_SCALAR_DOT.findall(kernel.asm["ttgir"])),
         float_atomics=len(_FLOAT_ATOMIC.findall(kernel.asm["ptx"])),
         async_gathers=len(_ASYNC_GATHER.findall(kernel.asm["ttgir"])),
+        fused_adds=len(_FUSED_ADD.findall(kernel.asm["ptx"])),
+        grid_waits=names.count(GRID_WAIT),
+        loads_ahead=ahead.count("LDG"),
     )
 
 

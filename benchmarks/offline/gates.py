@@ -3,6 +3,7 @@
 from benchmarks.offline.cubin import TENSOR_CORE_OPCODES, Figures
 from benchmarks.offline.promises import Promises, Variant
 
+DEPENDENT_LAUNCHES = 90  # the first compute capability with programmatic dependent launch
 LOOP_SLACK = 0.05  # of a main loop's instructions: what scheduling alone may move
 
 
@@ -45,6 +46,12 @@ def broken_promises(promises: Promises, arch: int, figures: Figures) -> list[str
         found.append(f"has {figures.float_atomics} floating-point atomics, promises none")
     if promises.no_async_gathers and figures.async_gathers:
         found.append(f"has {figures.async_gathers} cp.async of a table's entries, promises none")
+    if promises.no_fused_adds and figures.fused_adds:
+        found.append(f"has {figures.fused_adds} fused multiply-adds, promises none")
+    if promises.prefetches and arch >= DEPENDENT_LAUNCHES and not figures.grid_waits:
+        found.append("does not wait for the kernel before it, promises to")
+    if promises.prefetches and arch >= DEPENDENT_LAUNCHES and not figures.loads_ahead:
+        found.append("loads nothing before it waits, promises to")
     opcode = (promises.tensor_cores or {}).get(arch)
     if opcode is not None:
         others = sorted(figures.tensor_cores.keys() & (TENSOR_CORE_OPCODES - {opcode}))

@@ -25,12 +25,17 @@ class Promises:
         no_float_atomics: no sum depends on the order in which programs finish.
         no_async_gathers: no table of fp32 is staged through shared memory entry by entry (for
             kernels whose other inputs are narrower).
+        no_fused_adds: every fp32 multiplication and addition rounds by itself, as it does elsewhere.
+        prefetches: from sm_90 on it is launched while the kernel before it runs: it waits for that
+            kernel, and loads something before it does.
         max_spill_bytes: local memory a thread may use.
     """
 
     tensor_cores: Mapping[int, str] | None = None
     no_float_atomics: bool = False
     no_async_gathers: bool = False
+    no_fused_adds: bool = False
+    prefetches: bool = False
     max_spill_bytes: int = 0
 
 

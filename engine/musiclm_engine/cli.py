@@ -116,6 +116,7 @@ def generate(
                 seconds=request.seconds,
                 num_samples=request.num_samples,
                 seed=request.seed,
+                decoding=None,
                 on_progress=show,
                 **request.settings,
             )

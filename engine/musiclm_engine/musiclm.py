@@ -1,7 +1,6 @@
 """MusicLM: text in, music out, the candidates ranked by MuLaN (arXiv 2301.11325)."""
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +14,14 @@ from torch import Tensor, nn
 from musiclm_engine.audiolm import SemanticTokenizer
 from musiclm_engine.checkpoint import CheckpointError, read_json, save_model, write_json
 from musiclm_engine.components import load_component
-from musiclm_engine.generation import AudioLM, Sampling, StageSampling, Windows, derive_seeds
+from musiclm_engine.generation import (
+    AudioLM,
+    Decoding,
+    Sampling,
+    StageSampling,
+    Windows,
+    derive_seeds,
+)
 from musiclm_engine.generation.audiolm import StageProgress
 from musiclm_engine.generation.evaluation_mode import evaluation_mode
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
@@ -158,6 +164,7 @@ class MusicLM(nn.Module):
         seconds: float = 10.0,
         num_samples: int = 4,
         seed: int = 0,
+        decoding: Decoding | None = None,
         on_progress: StageProgress | None = None,
         **settings: float,
     ) -> MusicLMOutput:
@@ -171,6 +178,7 @@ class MusicLM(nn.Module):
             seconds: of audio.
             num_samples: N candidates a prompt.
             seed: of everything random.
+            decoding: precision of the stages' weights and caches, and how their steps run.
             on_progress: called as work gets on: (stage, done, total).
             **settings: of sampling, `<stage>_<setting>` or `<setting>` for all three stages:
                 semantic_temperature=0.9, coarse_top_k=50, guidance=2.0 … see `Sampling`.
@@ -181,6 +189,7 @@ class MusicLM(nn.Module):
         Raises:
             ValueError: an empty prompt, seconds or num_samples that are not positive, a setting
                 that does not exist or is out of range.
+            TypeError: decoding is no `Decoding`.
             MemoryError: there is not enough memory for this much audio.
         """
         texts = check_prompts(prompts)
@@ -188,7 +197,7 @@ class MusicLM(nn.Module):
             raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
         self.audiolm.check_seconds(seconds)
         sampling = merge_settings(self.sampling, settings)
-        self._refuse_what_does_not_fit(seconds, len(texts) * num_samples, sampling)
+        self._refuse_what_does_not_fit(seconds, len(texts) * num_samples, sampling, decoding)
 
         try:
             with evaluation_mode(self):
@@ -200,6 +209,7 @@ class MusicLM(nn.Module):
                     seconds=seconds,
                     seeds=seeds.repeat(len(texts)),
                     sampling=sampling,
+                    decoding=decoding,
                     on_progress=on_progress,
                 )
                 embeddings = self.mulan.embed_audio(generated.audio)
@@ -222,19 +232,13 @@ class MusicLM(nn.Module):
             sample_seeds=seeds[order],
         )
 
-    def _refuse_what_does_not_fit(self, seconds: float, rows: int, sampling: StageSampling) -> None:
+    def _refuse_what_does_not_fit(
+        self, seconds: float, rows: int, sampling: StageSampling, decoding: Decoding | None
+    ) -> None:
         """Compare what the caches, spectra and waveforms will take with what is free."""
-        needed = 0.0
-        for name in STAGES:
-            stage = getattr(self.audiolm, name)
-            window = min(seconds, getattr(self.audiolm.windows, f"{name}_seconds"))
-            count = math.ceil(seconds / window) if name == "fine" else 1
-            guided = 2 if getattr(sampling, name).guidance != 1.0 else 1
-            frames = self.audiolm.frames(window)
-            cached = stage.sequence_length(frames if stage.context_levels else 0, frames)
-            width = stage.transformer.heads * stage.transformer.dim_head
-            layers = len(stage.transformer.layers)
-            needed = max(needed, 8.0 * rows * count * guided * cached * width * layers)
+        needed = self.audiolm.cache_bytes(
+            seconds=seconds, rows=rows, sampling=sampling, decoding=decoding
+        )
         samples = seconds * self.sample_rate
         # The waveforms of all rows, and one row's spectrum in its few copies (4 n_fft / hop each).
         needed += 8.0 * rows * samples + 200.0 * samples

@@ -11,7 +11,14 @@ from musiclm_kernels.contrastive import (
     contrastive_loss,
     contrastive_statistics,
 )
-from musiclm_kernels.decode import decode_attention
+from musiclm_kernels.decode import append_to_cache, decode_attention
+from musiclm_kernels.decode_layer import (
+    HyperConnection,
+    decode_linear,
+    decode_qkv,
+    decode_residual,
+    quantize_weight,
+)
 from musiclm_kernels.patch_dropout import drop_patches, embed_patches
 from musiclm_kernels.philox import random_words
 from musiclm_kernels.qk_l2norm import qk_l2norm
@@ -24,18 +31,24 @@ from musiclm_kernels.quantize import (
     rvq_statistics,
 )
 from musiclm_kernels.registry import implementations
-from musiclm_kernels.sampling import sample_logits
+from musiclm_kernels.sampling import sample_logits, sample_next_token
 
 __all__ = [
+    "HyperConnection",
+    "append_to_cache",
     "biased_attention",
     "contrastive_gradient",
     "contrastive_loss",
     "contrastive_statistics",
     "decode_attention",
+    "decode_linear",
+    "decode_qkv",
+    "decode_residual",
     "drop_patches",
     "embed_patches",
     "implementations",
     "qk_l2norm",
+    "quantize_weight",
     "random_words",
     "reference",
     "rvq_apply_statistics",
@@ -45,4 +58,5 @@ __all__ = [
     "rvq_replacements",
     "rvq_statistics",
     "sample_logits",
+    "sample_next_token",
 ]

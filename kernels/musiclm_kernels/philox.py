@@ -28,7 +28,7 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         c0 = ((product_2 >> 32) ^ c1 ^ k0) & WORD
         c2 = ((product_0 >> 32) ^ c3 ^ k1) & WORD
         c1, c3 = product_2, product_0
-        k0, k1 = (k0 + KEY_STEP_0) & WORD, (k1 + KEY_STEP_1) & WORD
+        k0, k1 = k0 + KEY_STEP_0, k1 + KEY_STEP_1  # wrapped by the masks above
     return c0, c1 & WORD, c2, c3 & WORD
 
 

@@ -60,6 +60,25 @@ def define_op(
     return getattr(torch.ops.musiclm, name).default
 
 
+def inlines_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a public function should run its body in PyTorch, and not the op.
+
+    Of a decode step an op on a CPU takes microseconds, and what calls it through the dispatcher as
+    long again: while a function of CPU tensors is being compiled, the compiler sees the body.
+    """
+    return torch.compiler.is_compiling() and tensor.device.type == "cpu"
+
+
+def without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """body as an op would run it: what `inlines_on_cpu` lets the compiler see, autocast does not."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return body(*arguments, **options)
+
+    return run
+
+
 def refuse_to_differentiate(name: str) -> None:
     """Make musiclm::name, a backward op, raise RuntimeError when it is differentiated itself."""
 

@@ -197,7 +197,7 @@ def test_a_budget_of_other_figures_is_refused(tmp_path):
         budgets.load(path, "0.1")
 
 
-FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0, 0, 0)
+FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0, 0, 0, 0, 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,15 @@ FIGURES = Figures(128, 65536, 0, 2, 2000, [1000, 100], [{}, {}], {"HGMMA": 8}, 0
         ({"scalar_dots": 1}, "1 scalar dots"),
         ({"float_atomics": 1}, "1 floating-point atomics"),
         ({"async_gathers": 2}, "2 cp.async of a table's entries"),
+        ({"fused_adds": 1}, "1 fused multiply-adds"),
+        ({"grid_waits": 0}, "does not wait for the kernel before it"),
+        ({"loads_ahead": 0}, "loads nothing before it waits"),
     ],
 )
 def test_gates(change, reason):
     now = dataclasses.replace(FIGURES, **change)
-    found = violations(Variant("v", launch, FAST), 90, {"k": now}, {"k": FIGURES})
+    strict = dataclasses.replace(FAST, no_fused_adds=True, prefetches=True)
+    found = violations(Variant("v", launch, strict), 90, {"k": now}, {"k": FIGURES})
     assert reason in found["k"][0] if reason else not found
 
 

@@ -109,34 +109,48 @@ def test_rows_do_not_see_each_other(stage):
         torch.testing.assert_close(alone, logits[row : row + 1], **TOLERANCE)
 
 
-@pytest.mark.parametrize("given", [0, 1, 5, FRAMES])
+@pytest.mark.parametrize("given", [0, 1, 5])
 @torch.no_grad()
-def test_cached_logits_are_the_uncached_ones(stage, given):
-    """Prefill with a prefix, then step by step: at each token what forward says there."""
+def test_prefill_tells_what_forward_computes(stage, given):
+    """Keys and values of all given tokens but the last one, and that one's embedding."""
     conditioning, context, target = inputs(stage)
-    wanted = flat(stage(conditioning, context, target))
-    levels, tokens = stage.target_levels, target.flatten(1)
-    logits, cache = stage.prefill(conditioning, context, target[:, :given], FRAMES + 1)
-    cache.keys[:, :, :, cache.length :] = math.nan  # what is not filled must not be read
-    cache.values[:, :, :, cache.length :] = math.nan
-    table = stage.position.table()
-    for index in range(given * levels, FRAMES * levels):
-        torch.testing.assert_close(logits, wanted[:, index], **TOLERANCE)
-        logits = stage.step(tokens[:, index], index, table, cache)
-    # Beyond the last target forward has no logits, but a longer target has.
-    longer = torch.cat([target, target[:, :1]], dim=1)
-    beyond = flat(stage(conditioning, context, longer))[:, FRAMES * levels]
-    torch.testing.assert_close(logits, beyond, **TOLERANCE)
+    stored = {}
+    last = stage.prefill(
+        conditioning,
+        context,
+        target[:, :given],
+        lambda number, k, v: stored.update({number: (k, v)}),
+    )
+    whole = {}
+    x = stage.embed(conditioning, context, target)
     context_frames = 0 if context is None else context.shape[1]
-    assert cache.length == stage.sequence_length(context_frames, FRAMES)
+    q_codes, k_codes = stage.codes(context_frames, FRAMES)
+    stage.transformer(
+        x,
+        table=stage.position.table(),
+        offset=stage.position.offset,
+        q_codes=q_codes,
+        k_codes=k_codes,
+        store=lambda number, k, v: whole.update({number: (k, v)}),
+    )
+    count = stage.sequence_length(context_frames, given) - 1
+    assert torch.equal(last, x[:, count])
+    assert list(stored) == list(whole) == [0, 1]
+    for number, pair in stored.items():
+        for part, wanted in zip(pair, whole[number], strict=True):
+            assert part.shape == (3, 2, count, 8)
+            torch.testing.assert_close(part, wanted[:, :, :count], **TOLERANCE)
 
 
-@torch.no_grad()
-def test_a_full_cache_is_refused(stage):
-    conditioning, context, target = inputs(stage)
-    _, cache = stage.prefill(conditioning, context, target, FRAMES)
-    with pytest.raises(ValueError, match="the cache holds"):
-        stage.step(target[:, 0, 0], 0, stage.position.table(), cache)
+def test_gated_feed_forward_multiplies_values_by_gates():
+    stage = build("semantic", ff_gated=True)
+    feed_forward = stage.transformer.layers[0].feed_forward
+    assert feed_forward.expand.weight.shape == (2 * 4 * 16, 16)
+    x = torch.randn(2, 5, 16)
+    value, gate = feed_forward.expand(feed_forward.norm(x)).split(64, dim=-1)
+    wanted = feed_forward.contract(value * torch.nn.functional.gelu(gate))
+    torch.testing.assert_close(feed_forward(x), wanted)
+    assert not torch.allclose(stage.loss(*inputs(stage)), build("semantic").loss(*inputs(stage)))
 
 
 @torch.no_grad()
@@ -256,7 +270,7 @@ def change(tokens, value):
 )
 def test_tokens_it_does_not_speak_are_refused(broken, message):
     stage = build("coarse")
-    for takes in (stage, lambda *tokens: stage.prefill(*tokens, FRAMES)):
+    for takes in (stage, lambda *tokens: stage.prefill(*tokens, lambda *_: None)):
         with pytest.raises(ValueError, match=message):
             takes(*broken(*inputs(stage)))
 
@@ -278,4 +292,12 @@ def test_decoding_past_the_bias_table_is_refused():
     stage = build("semantic", max_frames=6)
     conditioning, _, target = inputs(stage)
     with pytest.raises(ValueError, match="8 frames is longer than max_frames 6"):
-        stage.prefill(conditioning, None, target[:, :2], 8)
+        decode_stage(
+            stage,
+            conditioning=conditioning,
+            context=None,
+            prefix=target[:, :2],
+            frames=8,
+            seeds=torch.zeros(3, dtype=torch.int64),
+            sampling=Sampling(),
+        )

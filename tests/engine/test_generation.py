@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from musiclm_engine import AudioLM, CoarseTransformer, FineTransformer, SemanticTransformer
-from musiclm_engine.generation import Sampling, StageSampling, Windows, derive_seeds
+from musiclm_engine.generation import Decoding, Sampling, StageSampling, Windows, derive_seeds
 from musiclm_engine.generation.decode import decode_stage
+from musiclm_engine.generation.windows import decode_overlapping, decode_side_by_side
 
 WIDTH = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "max_frames": 64}
 
@@ -31,7 +32,17 @@ CONDITIONING = torch.tensor([[1, 2], [3, 4], [5, 6]])
 SEEDS = derive_seeds(0, count=3)
 
 
-def decode(stage, *, conditioning=CONDITIONING, seeds=SEEDS, frames=20, given=None, **sampling):
+def decode(
+    stage,
+    *,
+    conditioning=CONDITIONING,
+    seeds=SEEDS,
+    frames=20,
+    given=None,
+    capacity=None,
+    decoding=None,
+    **sampling,
+):
     prefix = torch.zeros(len(conditioning), 0, 1, dtype=torch.int64) if given is None else given
     return decode_stage(
         stage,
@@ -41,6 +52,8 @@ def decode(stage, *, conditioning=CONDITIONING, seeds=SEEDS, frames=20, given=No
         frames=frames,
         seeds=seeds,
         sampling=Sampling(**sampling),
+        capacity=capacity,
+        decoding=decoding,
     )
 
 
@@ -132,6 +145,12 @@ def test_a_row_alone_is_the_row_in_a_batch(stage, guidance):
         assert torch.equal(alone, tokens[row : row + 1])
 
 
+def test_a_stage_in_float64_is_decoded_in_it(stage):
+    wide = type(stage).from_config(stage.config).eval()
+    wide.load_state_dict(stage.state_dict())
+    assert torch.equal(decode(wide.double(), temperature=0.0), decode(stage, temperature=0.0))
+
+
 def test_conditioning_matters(stage):
     other = decode(stage, conditioning=CONDITIONING.flip(0))
     assert not torch.equal(other, decode(stage))
@@ -165,6 +184,64 @@ def test_a_prefix_is_kept_and_continued_as_if_it_had_been_drawn(stage):
 def test_all_frames_given_is_all(stage):
     tokens = decode(stage)
     assert torch.equal(decode(stage, given=tokens), tokens)
+
+
+def test_fewer_frames_than_are_given_are_refused(stage):
+    with pytest.raises(ValueError, match="frames is 4, wanted at least the 5 of prefix"):
+        decode(stage, frames=4, given=torch.zeros(3, 5, 1, dtype=torch.int64))
+
+
+def test_seeds_that_are_no_whole_numbers_are_refused(stage, audiolm):
+    seeds = torch.tensor([0.9, 1.0, 2.0])
+    for run in (
+        lambda: decode(stage, seeds=seeds),
+        lambda: decode_overlapping(
+            stage, conditioning=CONDITIONING, context=None, frames=4, window=2, seeds=seeds,
+            sampling=Sampling(),
+        ),
+        lambda: decode_side_by_side(
+            audiolm.fine, conditioning=CONDITIONING, window=2, seeds=seeds, sampling=Sampling(),
+            context=torch.zeros(3, 4, 2, dtype=torch.int64),
+        ),
+        lambda: generate(audiolm, seconds=0.1, seeds=seeds),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="seeds are torch.float32, wanted int64"):
+            run()
+
+
+@pytest.mark.parametrize("decoding", ["int8", torch.int8, {}])
+def test_what_is_no_decoding_is_refused(stage, tiny_musiclm, decoding):
+    for run in (
+        lambda: decode(stage, decoding=decoding),
+        lambda: tiny_musiclm.generate("a hymn", seconds=0.1, decoding=decoding),
+    ):
+        with pytest.raises(TypeError, match=r"decoding is .*, wanted a Decoding, .* or None"):
+            run()
+
+
+def test_room_for_more_changes_nothing(stage):
+    assert torch.equal(decode(stage, capacity=50), decode(stage))
+
+
+def test_the_same_precision_by_name_changes_nothing(stage):
+    named = Decoding(weight_dtype=torch.float32)
+    assert torch.equal(decode(stage, decoding=named), decode(stage))
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(weight_dtype=torch.bfloat16),
+        Decoding(weight_dtype=torch.int8),
+        Decoding(weight_dtype=torch.int8, cache_dtype=torch.float8_e4m3fn),
+    ],
+)
+def test_fewer_bits_begin_alike_and_draw_alike_each_time(stage, decoding):
+    tokens = decode(stage, decoding=decoding)
+    assert torch.equal(decode(stage, decoding=decoding), tokens)
+    assert (tokens[:, 0] == decode(stage)[:, 0]).float().mean() > 0.5
+    alone = decode(stage, decoding=decoding, conditioning=CONDITIONING[1:2], seeds=SEEDS[1:2])
+    assert torch.equal(alone, tokens[1:2])
 
 
 # All three.
@@ -224,6 +301,27 @@ def test_audio_is_the_decoded_tokens(audiolm):
     made = generate(audiolm, seconds=0.5)
     codes = torch.cat([made.tokens["coarse"], made.tokens["fine"]], dim=2)
     torch.testing.assert_close(made.audio, audiolm.codec.decode(codes)[:, :8000])
+
+
+def test_all_three_take_the_decoding_asked_for(audiolm, monkeypatch):
+    from musiclm_engine.generation import stage_steps
+
+    asked = []
+
+    def watch(stage, **options):
+        asked.append((type(stage).__name__, options))
+        return make(stage, **options)
+
+    make = stage_steps.decoder_from_stage
+    monkeypatch.setattr(stage_steps, "decoder_from_stage", watch)
+    wanted = Decoding(weight_dtype=torch.int8)
+    tokens = generate(audiolm, decoding=wanted).tokens
+    assert asked == [  # once each, however many windows
+        (f"{stage}Transformer", {"weight_dtype": torch.int8})
+        for stage in ("Semantic", "Coarse", "Fine")
+    ]
+    again = generate(audiolm, decoding=wanted).tokens
+    assert len(asked) == 3 and all(torch.equal(again[name], tokens[name]) for name in tokens)
 
 
 def test_stages_draw_from_seeds_of_their_own(audiolm):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from musiclm_engine import MuLaNEmbedQuantizer, MusicLM, SemanticTokenizer
 from musiclm_engine.checkpoint import CheckpointError, save_model
-from musiclm_engine.generation import Sampling, StageSampling
+from musiclm_engine.generation import Decoding, Sampling, StageSampling
 from musiclm_engine.musiclm import available_bytes, check_device, merge_settings
 
 HYMN, JIG = "slow a hymn on church organ", "quick a jig on flute"
@@ -172,6 +173,43 @@ def test_no_samples_are_refused(tiny_musiclm, num_samples):
 def test_more_than_fits_into_memory_is_refused_at_once(tiny_musiclm, much):
     with pytest.raises(MemoryError, match="GiB are free: ask for fewer seconds or samples"):
         tiny_musiclm.generate(HYMN, **much)
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The bytes of every cache that is made, in order."""
+    from musiclm_engine.generation.cache import KVCache
+
+    made, empty = [], KVCache.empty
+
+    def watch(**sizes):
+        cache = empty(**sizes)
+        made.append(sum(t.nbytes for layer in cache.layers for t in layer if t is not None))
+        return cache
+
+    monkeypatch.setattr(KVCache, "empty", watch)
+    return made
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.3])  # within all windows; over some; over all
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_caches_are_foreseen(tiny_musiclm, caches, monkeypatch, seconds, is_kept):
+    """The largest, or all three where steps are kept, and then nothing for the next piece."""
+    from musiclm_engine.generation import stage_steps
+
+    monkeypatch.setattr(stage_steps, "is_on_gpu", lambda stage: is_kept)
+    audiolm = deepcopy(tiny_musiclm.audiolm)
+    sampling = StageSampling(coarse=Sampling(guidance=2.0))
+    foreseen = {
+        "seconds": seconds, "rows": 2, "sampling": sampling,
+        "decoding": Decoding(cache_dtype=torch.float8_e4m3fn),
+    }  # fmt: skip
+    wanted = audiolm.cache_bytes(**foreseen)
+    arguments = {key: value for key, value in foreseen.items() if key != "rows"}
+    conditioning, seeds = torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 2])
+    audiolm.generate(conditioning, seeds=seeds, **arguments)
+    assert wanted == (sum(caches) if is_kept else max(caches))
+    assert audiolm.cache_bytes(**foreseen) == (0 if is_kept else wanted)
 
 
 def test_a_gpu_that_runs_out_is_a_memory_error(tiny_musiclm, monkeypatch):

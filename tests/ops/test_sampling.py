@@ -6,6 +6,8 @@ from torch._dynamo.testing import CompileCounter
 
 from musiclm_kernels import reference, sample_logits
 from musiclm_kernels.philox import uniform
+from musiclm_kernels.sampling import arithmetic_reference as arithmetic
+from musiclm_kernels.sampling import reference as sampling_reference
 
 SEEDS = torch.arange(4)
 ROWS = torch.zeros(4, 37)
@@ -58,6 +60,7 @@ def test_matches_loops(function, filters):
         assert tokens.dtype == torch.int64
         wanted = [by_loops(rows[b], **full, seed=b, step=step) for b in range(4)]
         assert tokens.tolist() == wanted
+        assert function(rows.float(), **filters, seeds=SEEDS, step=step).tolist() == wanted
 
 
 def test_frequencies_are_the_softmax():
@@ -66,6 +69,21 @@ def test_frequencies_are_the_softmax():
     tokens = sample_logits(row.expand(draws, 5), temperature=1.5, seeds=torch.arange(draws), step=0)
     frequencies = torch.bincount(tokens, minlength=5) / draws
     assert (frequencies - (row / 1.5).softmax(0)).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws_pass_a_chi_square_test_against_the_softmax(dtype, temperature):
+    row = torch.linspace(-3.5, 2, 16, dtype=dtype)
+    draws = 200_000
+    tokens = sample_logits(
+        row.expand(draws, 16), temperature=temperature, seeds=torch.arange(draws), step=5
+    )
+    counts = torch.bincount(tokens, minlength=16).double()
+    expected = draws * (row.double() / temperature).softmax(0)
+    assert expected.min() > 20
+    statistic = ((counts - expected).square() / expected).sum()
+    assert statistic < 44.3  # 15 degrees of freedom: p 1e-4
 
 
 def test_filters_bound_what_is_drawn():
@@ -113,7 +131,7 @@ def test_a_tiny_temperature_is_greedy(dtype, temperature, filters):
 
 
 @pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e300])
 def test_only_allowed_tokens(per_row, temperature):
     rows = logits(64)
     allowed = torch.rand(64, 37, generator=torch.Generator().manual_seed(1)) > 0.7
@@ -189,8 +207,8 @@ def test_one_column_and_no_rows():
 def test_op_contract():
     op, rows = torch.ops.musiclm.sample_logits.default, logits(dtype=torch.float32)
     allowed = torch.ones(37, dtype=torch.bool)
-    torch.library.opcheck(op, (rows, 0.8, 5, 0.9, 0.01, 2.0, rows, SEEDS, 3, allowed))
-    torch.library.opcheck(op, (rows, 1.0, 0, 1.0, 0.0, None, None, SEEDS, 3, None))
+    torch.library.opcheck(op, (rows, 0.8, 5, 0.9, 0.01, 2.0, rows, SEEDS, 3, None, allowed))
+    torch.library.opcheck(op, (rows, 1.0, 0, 1.0, 0.0, None, None, SEEDS, 0, torch.tensor(3), None))
 
 
 def test_compiles_once_for_every_step():
@@ -212,6 +230,84 @@ def test_compiles_without_graph_break():
     assert torch.equal(compiled(rows), wanted)
 
 
+@pytest.mark.parametrize("step", [0, 7, 2**31 + 1, 2**40])
+def test_a_step_on_the_device_is_the_same_step(step):
+    wanted = sample_logits(logits(), top_k=9, seeds=SEEDS, step=step)
+    for steps in (torch.tensor(step), torch.full((4,), step)):
+        assert torch.equal(sample_logits(logits(), top_k=9, seeds=SEEDS, step=steps), wanted)
+    steps = torch.tensor([step, 1, 2, 3])
+    apart = [
+        sample_logits(logits()[b : b + 1], seeds=SEEDS[b : b + 1], step=int(steps[b]))
+        for b in range(4)
+    ]
+    assert torch.equal(sample_logits(logits(), seeds=SEEDS, step=steps), torch.cat(apart))
+
+
+# The float rule.
+
+
+def ulps(ours, exact):
+    """The largest error, in units of the last place of a float32."""
+    spacing = torch.finfo(torch.float32).eps * 2.0 ** exact.abs().log2().floor()
+    return ((ours.double() - exact).abs() / spacing).max().item()
+
+
+def test_the_logarithm_is_right_to_a_unit_in_the_last_place():
+    everywhere = torch.arange(0x00800000, 0x7F800000, 523, dtype=torch.int32).view(torch.float32)
+    around_one = torch.arange(0x3F000000, 0x40000000, 7, dtype=torch.int32).view(torch.float32)
+    for x in (everywhere, around_one[around_one != 1]):
+        assert ulps(arithmetic.log(x), x.double().log()) < 0.9
+    assert arithmetic.log(torch.ones(1)).item() == 0
+    x = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
+    assert torch.equal(arithmetic.log(x), x.log())
+
+
+def test_mass_is_right_to_a_unit():
+    deficits = torch.cat([torch.arange(0, 40, 1e-5), torch.tensor([1e-30, 1e30, torch.inf])])
+    exact = torch.exp(-deficits.double()) * 2**arithmetic.MASS_BITS
+    assert (arithmetic.mass(deficits) - exact).abs().max() < 0.8
+    assert arithmetic.mass(torch.tensor([0.0, 17.4, torch.inf])).tolist() == [2**23, 0, 0]
+    assert torch.equal(arithmetic.mass(deficits.double()), torch.exp(-deficits.double()))
+
+
+def test_masses_are_halved_until_they_fit():
+    rows = torch.full((3, 1000), 2**23)
+    rows[1, 100:], rows[2] = 0, 0
+    rows[0, 0] = 2**22
+    fitted = arithmetic.fit(rows)
+    assert torch.equal(fitted[1:], rows[1:]) and torch.equal(fitted[0], rows[0] >> 2)
+    assert 2**30 <= fitted[0].sum() < 2**31
+
+
+@pytest.mark.parametrize("flatness", [1e-3, 0.3, 3.0])
+def test_the_nucleus_is_the_one_of_float64(flatness):
+    """Where the last token in and the first one out are told apart by more than the rule rounds."""
+    generator = torch.Generator().manual_seed(2)
+    rows = flatness * torch.randn(20, 16384, generator=generator)
+    for top_p in (0.3, 0.9, 0.999):
+        deficits = rows.amax(1, keepdim=True) - rows
+        ours = sampling_reference._nucleus_threshold(deficits, top_p)
+        probabilities = (-deficits.double()).softmax(1)
+        held = torch.where(deficits <= ours, probabilities, 0).sum(1)
+        below = torch.where(deficits < ours, probabilities, 0).sum(1)
+        assert (held > top_p - 2e-5).all() and (below < top_p + 2e-5).all()
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.8, "min_p": 0.02}])
+def test_the_compiler_finds_the_same_tokens(filters):
+    rows, base = logits(300, 130, torch.float32), logits(300, 130, torch.float32, seed=1)
+    rows[1::7, ::2] = -torch.inf
+    rows[2::7] = rows[2::7].round()
+    settings = {"temperature": 1.3, "guidance_scale": 2.3, "seeds": torch.arange(300), **filters}
+    compiled = torch.compile(
+        lambda rows, base, step: sample_logits(rows, unconditional=base, step=step, **settings),
+        fullgraph=True,
+    )
+    for step in (torch.tensor(3), torch.tensor(2**33)):
+        wanted = sample_logits(rows, unconditional=base, step=step, **settings)
+        assert torch.equal(compiled(rows, base, step), wanted)
+
+
 @pytest.mark.parametrize(
     "change, name",
     [
@@ -227,6 +323,8 @@ def test_compiles_without_graph_break():
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"step": -1}, "step is -1"),
+        ({"step": torch.zeros(3, dtype=torch.int64)}, "step has shape"),
+        ({"step": torch.tensor(1.0)}, "step is torch.float32"),
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds has shape"),
         ({"seeds": torch.zeros(4, dtype=torch.int32)}, "seeds is torch.int32"),
         ({"guidance_scale": 2.0}, "unconditional is None"),

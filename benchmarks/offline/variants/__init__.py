@@ -4,10 +4,13 @@ from benchmarks.offline.promises import Variant
 from benchmarks.offline.variants import (
     attention,
     contrastive,
+    decode,
+    decode_layer,
     patch_dropout,
     qk_l2norm,
     quantize,
     quantize_ema,
+    sampling,
 )
 
 VARIANTS: list[Variant] = [
@@ -17,4 +20,7 @@ VARIANTS: list[Variant] = [
     *quantize_ema.VARIANTS,
     *patch_dropout.VARIANTS,
     *contrastive.VARIANTS,
+    *decode.VARIANTS,
+    *decode_layer.VARIANTS,
+    *sampling.VARIANTS,
 ]

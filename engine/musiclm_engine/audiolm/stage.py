@@ -7,9 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from musiclm_engine.audiolm.cache import KVCache
 from musiclm_engine.audiolm.position import OUTSIDE_TIME, TimeLevelBias
-from musiclm_engine.audiolm.transformer import Transformer
+from musiclm_engine.audiolm.transformer import Store, Transformer
 
 
 class Stage(nn.Module):
@@ -33,6 +32,7 @@ class Stage(nn.Module):
         target_levels: Lt, tokens in a frame of target.
         max_frames: of target or of context (in target frames) in a sequence.
         dim, depth, heads, dim_head, ff_mult, dropout: of the transformer.
+        ff_gated: its feed-forward layers are gated ones.
         condition_drop_prob: share of training rows that see `null`, for classifier-free guidance.
     """
 
@@ -54,6 +54,7 @@ class Stage(nn.Module):
         heads: int = 8,
         dim_head: int = 64,
         ff_mult: int = 4,
+        ff_gated: bool = False,
         dropout: float = 0.1,
         condition_drop_prob: float = 0.1,
     ) -> None:
@@ -75,7 +76,13 @@ class Stage(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
         self.position = TimeLevelBias(heads, context_levels + target_levels, max_frames)
         self.transformer = Transformer(
-            dim=dim, depth=depth, heads=heads, dim_head=dim_head, ff_mult=ff_mult, dropout=dropout
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            dim_head=dim_head,
+            ff_mult=ff_mult,
+            ff_gated=ff_gated,
+            dropout=dropout,
         )
         self.logit_weights = nn.Parameter(torch.randn(target_levels, target_size, dim) * 0.02)
 
@@ -177,68 +184,35 @@ class Stage(nn.Module):
         )
         return losses.view(-1, self.target_levels).mean(0)
 
-    # Decoding: one token at a time.
+    # Decoding: all that is given at once, then one token at a time (`generation`).
 
     def prefill(
-        self, conditioning: Tensor, context: Tensor | None, prefix: Tensor, frames: int
-    ) -> tuple[Tensor, KVCache]:
-        """Take in everything before the first token to be sampled.
+        self, conditioning: Tensor, context: Tensor | None, prefix: Tensor, store: Store
+    ) -> Tensor:
+        """Take in all that is given but its last token, with which decoding begins.
 
         Args:
             conditioning, context: as in `forward`.
             prefix: [B, P, Lt] target frames that are given, P >= 0.
-            frames: of target in the end, prefix included: the size of the cache.
+            store: see `Transformer.forward`.
 
         Returns:
-            logits [B, K] of the next token, and the cache.
+            [B, dim], the embedding of the last token given: of prefix, or the start token.
         """
         self.check(conditioning, context, prefix)
         context_frames = 0 if context is None else context.shape[1]
-        self.check_span(frames)
         x = self.embed(conditioning, context, prefix)
-        cache = self.transformer.new_cache(
-            len(x), self.sequence_length(context_frames, frames), like=x
-        )
         q_codes, k_codes = self.codes(context_frames, prefix.shape[1])
-        hidden = self.transformer(
-            x,
-            table=self.position.table(),
-            offset=self.position.offset,
-            q_codes=q_codes,
-            k_codes=k_codes,
-            cache=cache,
-        )
-        return hidden[:, -1] @ self.logit_weights[0].T, cache
-
-    def step(self, tokens: Tensor, index: int, table: Tensor, cache: KVCache) -> Tensor:
-        """Take in target token number `index` (frame * Lt + level) and predict the next one.
-
-        Args:
-            tokens: [B] int64.
-            index: of the given tokens.
-            table: `self.position.table()`, made once for the whole sequence.
-
-        Returns:
-            logits [B, K].
-        """
-        level, next_level = index % self.target_levels, (index + 1) % self.target_levels
-        device = tokens.device
-
-        def code(index: int) -> Tensor:
-            frame, level = divmod(index, self.target_levels)
-            return self.position.code(
-                torch.tensor([frame], device=device), self.context_levels + level
+        if x.shape[1] > 1:
+            self.transformer(
+                x[:, :-1],
+                table=self.position.table(),
+                offset=self.position.offset,
+                q_codes=q_codes[:-1],
+                k_codes=k_codes[:-1],
+                store=store,
             )
-
-        hidden = self.transformer.step(
-            self.target_embedding(tokens + level * self.target_size),
-            table=table,
-            offset=self.position.offset,
-            q_code=code(index + 1),
-            k_code=code(index),
-            cache=cache,
-        )
-        return hidden @ self.logit_weights[next_level].T
+        return x[:, -1]
 
     def check_span(self, frames: int) -> None:
         """Refuse a sequence that the bias table does not reach across."""

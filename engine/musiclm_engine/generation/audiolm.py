@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from musiclm_engine.audiolm.stages import CoarseTransformer, FineTransformer, SemanticTransformer
 from musiclm_engine.codec import Codec
-from musiclm_engine.generation.decode import Progress
+from musiclm_engine.generation.decode import Progress, check_seeds
 from musiclm_engine.generation.evaluation_mode import evaluation_mode
 from musiclm_engine.generation.sampling import Sampling, derive_seeds
+from musiclm_engine.generation.stage_steps import (
+    Decoding,
+    StageSteps,
+    are_steps_kept,
+    cache_bytes,
+    checked_decoding,
+)
 from musiclm_engine.generation.windows import decode_overlapping, decode_side_by_side
 
 StageProgress = Callable[[str, int, int], None]  # stage, tokens or clips done, of how many
@@ -111,6 +118,7 @@ class AudioLM(nn.Module):
         self.fine = fine
         self.codec = codec
         self.windows = windows
+        self._steps = StageSteps()
         semantic.check_span(self._window(windows.semantic_seconds) // coarse.context_stride)
         coarse.check_span(self._window(windows.coarse_seconds))
         fine.check_span(self._fine_window())
@@ -136,6 +144,7 @@ class AudioLM(nn.Module):
         seconds: float,
         seeds: Tensor,
         sampling: StageSampling | None = None,
+        decoding: Decoding | None = None,
         on_progress: StageProgress | None = None,
     ) -> Generated:
         """Make `seconds` of audio for each row.
@@ -145,15 +154,19 @@ class AudioLM(nn.Module):
             seconds: of audio.
             seeds: [B] int64: a row's sound depends on its conditioning and seed alone.
             sampling: settings of the stages.
+            decoding: precision of the stages, and how their steps run.
             on_progress: called as tokens come.
 
         Returns:
             audio and tokens.
 
         Raises:
-            ValueError: seconds that are not finite or less than a sample, inputs of another shape.
+            ValueError: seconds that are not finite or less than a sample, inputs of another shape
+                or type.
+            TypeError: decoding is no `Decoding`.
         """
         self.check_seconds(seconds)
+        check_seeds(seeds)
         sampling = sampling or StageSampling()
         frames = self.frames(seconds)
         stride = self.coarse.context_stride
@@ -172,6 +185,8 @@ class AudioLM(nn.Module):
                 window=self._window(self.windows.semantic_seconds) // stride,
                 seeds=stage_seeds("semantic"),
                 sampling=sampling.semantic,
+                decoding=decoding,
+                steps=self._steps,
                 on_tokens=_counter(on_progress, "semantic", frames // stride),
             )
             coarse = decode_overlapping(
@@ -182,6 +197,8 @@ class AudioLM(nn.Module):
                 window=self._window(self.windows.coarse_seconds),
                 seeds=stage_seeds("coarse"),
                 sampling=sampling.coarse,
+                decoding=decoding,
+                steps=self._steps,
                 on_tokens=_counter(on_progress, "coarse", frames * self.coarse.target_levels),
             )
             fine = decode_side_by_side(
@@ -191,6 +208,8 @@ class AudioLM(nn.Module):
                 window=fine_window,
                 seeds=stage_seeds("fine"),
                 sampling=sampling.fine,
+                decoding=decoding,
+                steps=self._steps,
                 on_tokens=_counter(
                     on_progress, "fine", min(fine_window, frames) * self.fine.target_levels
                 ),
@@ -205,6 +224,37 @@ class AudioLM(nn.Module):
             audio=audio,
             tokens={"semantic": semantic[:, :, 0], "coarse": coarse, "fine": fine},
         )
+
+    def cache_bytes(
+        self, *, seconds: float, rows: int, sampling: StageSampling, decoding: Decoding | None
+    ) -> float:
+        """What the caches of `generate` take at most, beyond those that are kept already."""
+        decoding = checked_decoding(decoding)
+        frames = self.frames(seconds)
+        fine = min(self._fine_window(), frames)
+        coarse = self._window(self.windows.coarse_seconds)
+        semantic = self._window(self.windows.semantic_seconds) // self.coarse.context_stride
+        held = highest = 0.0
+        for stage, settings, window, count in (
+            (self.semantic, sampling.semantic, semantic, 1),
+            (self.coarse, sampling.coarse, coarse, 1),
+            (self.fine, sampling.fine, fine, -(-frames // fine)),
+        ):
+            context = -(-window // stage.context_stride) if stage.context_levels else 0
+            needed = cache_bytes(
+                stage,
+                rows=rows * count,
+                length=stage.sequence_length(context, window),
+                sampling=settings,
+                decoding=decoding,
+            )
+            if are_steps_kept(stage, decoding):
+                needed -= self._steps.kept_bytes(stage)
+                held += needed
+                highest = max(highest, held)
+            else:
+                highest = max(highest, needed)
+        return highest
 
     def _fine_window(self) -> int:
         return max(1, round(self.windows.fine_seconds * self.codec.frame_rate_hz))

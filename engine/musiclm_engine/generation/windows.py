@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from musiclm_engine.audiolm.stage import Stage
-from musiclm_engine.generation.decode import Progress, decode_stage
+from musiclm_engine.generation.decode import Progress, check_seeds, decode_stage
 from musiclm_engine.generation.sampling import Sampling, derive_seeds
+from musiclm_engine.generation.stage_steps import Decoding, StageSteps
 
 
 def decode_overlapping(
@@ -19,6 +20,8 @@ def decode_overlapping(
     window: int,
     seeds: Tensor,
     sampling: Sampling,
+    decoding: Decoding | None = None,
+    steps: StageSteps | None = None,
     on_tokens: Progress | None = None,
 ) -> Tensor:
     """Windows one after another, each begun with the second half of the one before.
@@ -31,10 +34,12 @@ def decode_overlapping(
         frames: of target in the whole piece.
         window: frames of target a window holds at most, a multiple of the context's stride.
         seeds: [B].
+        sampling, decoding, steps, on_tokens: see `decode_stage`.
 
     Returns:
         [B, frames, Lt] int64.
     """
+    check_seeds(seeds)
     stride = stage.context_stride
     if window < 1 or window % stride:
         raise ValueError(f"window is {window} frames, wanted a multiple of {stride}, at least that")
@@ -53,6 +58,9 @@ def decode_overlapping(
             frames=end - start,
             seeds=torch.cat([derive_seeds(int(s), start, count=1) for s in seeds]).to(seeds.device),
             sampling=sampling,
+            capacity=window,
+            decoding=decoding,
+            steps=steps,
             on_tokens=on_tokens,
         )
         tokens = torch.cat([tokens[:, :start], piece], dim=1)
@@ -67,6 +75,8 @@ def decode_side_by_side(
     window: int,
     seeds: Tensor,
     sampling: Sampling,
+    decoding: Decoding | None = None,
+    steps: StageSteps | None = None,
     on_tokens: Progress | None = None,
 ) -> Tensor:
     """All windows of all rows as one batch: each depends on its own stretch of context alone.
@@ -76,10 +86,12 @@ def decode_side_by_side(
         context: [B, T, Lc], as many frames as the target will have.
         window: frames a window holds.
         seeds: [B].
+        sampling, decoding, steps, on_tokens: see `decode_stage`.
 
     Returns:
         [B, T, Lt] int64.
     """
+    check_seeds(seeds)
     if window < 1:
         raise ValueError(f"window is {window} frames, wanted at least 1")
     B, frames, _ = context.shape
@@ -98,6 +110,8 @@ def decode_side_by_side(
             seeds.device
         ),
         sampling=sampling,
+        decoding=decoding,
+        steps=steps,
         on_tokens=on_tokens,
     )
     return rearrange(tokens, "(b w) t l -> b (w t) l", b=B)[:, :frames]
