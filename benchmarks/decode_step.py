@@ -5,10 +5,10 @@
 Each step takes in a token a row, runs all layers, mixes in the guidance and draws the next token.
 The clock is the host's, around twenty steps. Weights are random (`decode_models.py`). Before it is
 timed, a step must write the last layer's keys and values as the float64 definition says, within
-twice what plain PyTorch errs in the same precision; peers must give its logits. A compiled static
-cache and transformers' are compiled as ours is, with as many slots: one function of model and draw,
-a graph on a GPU, the weights constants on a CPU; audiolm-pytorch's runs as its users run it. `kl_nats` and
-`same_top_1` say what narrow weights do to the distribution of the next token.
+twice what plain PyTorch errs in the same precision; peers of the same model must give its logits. A
+compiled static cache and transformers' are compiled as ours is, with as many slots: one function of
+model and draw, a graph on a GPU, the weights constants on a CPU; audiolm-pytorch's runs as its users
+run it. `kl_nats` and `same_top_1` say what narrow weights do to the distribution of the next token.
 """
 
 import argparse
