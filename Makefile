@@ -6,6 +6,9 @@ VENV ?= .venv
 CORPUS ?= corpus
 RUN ?= runs/tiny
 HOURS ?= 24
+CONFIG ?= tiny
+DEVICE ?= cpu
+MINUTES ?=
 
 BIN := $(VENV)/bin
 MUSICLM := $(BIN)/musiclm
@@ -36,12 +39,11 @@ bench: $(VENV)/bench.stamp  ## Every operation beside its peers: what this machi
 budgets: $(VENV)/test.stamp  ## What the kernels compile to, beside the committed budget. No GPU needed.
 	$(BIN)/python -m benchmarks.offline
 
-# Cut short, the same command goes on where it was.
+# Cut short, the same command goes on where it was. On an H100: docs/training.md.
 train-tiny: $(CORPUS)/manifest.jsonl $(VENV)/train.stamp  ## Train the bundled model anew (hours).
-	set -e; for model in codec tokenizer mulan quantizer semantic coarse fine; do \
-		$(MUSICLM) train $$model --config tiny --manifest $(CORPUS)/manifest.jsonl --run-dir $(RUN); \
-	done
-	$(MUSICLM) bundle engine/musiclm_engine/assets --run-dir $(RUN) --config tiny
+	$(MUSICLM) train all --config $(CONFIG) --manifest $(CORPUS)/manifest.jsonl --run-dir $(RUN) \
+		--device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES)) \
+		--bundle engine/musiclm_engine/assets
 
 eval: $(CORPUS)/manifest.jsonl $(VENV)/judges.stamp  ## Judge the bundled model on held-out pieces.
 	$(MUSICLM) eval --manifest $(CORPUS)/manifest.jsonl --out eval.json
@@ -51,8 +53,7 @@ clean:  ## Remove the environment and all caches; corpus, runs and audio stay.
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find engine kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Begins by looking for a soundfont and, without one, ends with the command that installs it. The
-# manifest is written last, so a corpus cut short is not taken for a whole one.
+# The manifest is written last, so a corpus cut short is not taken for a whole one.
 $(CORPUS)/manifest.jsonl: | $(VENV)/render.stamp
 	$(MUSICLM) data build $(CORPUS) --hours $(HOURS)
 

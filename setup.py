@@ -13,6 +13,7 @@ setup(
             "py.typed",
             "assets/*",
             "data/scores/*",
+            "data/soundfonts/*",
             "training/configs/*.toml",
         ],
         "musiclm_kernels": ["py.typed"],

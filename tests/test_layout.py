@@ -41,8 +41,12 @@ MAY_IMPORT = {
     "training.bundle": MODELS | {"generation", "musiclm"},
     "musiclm": MODELS | {"generation"},
     "output": LEAVES | {"musiclm"},
-    "evaluation": {"audio", "data"},
-    "evaluation.held_out": {"audio", "data", "musiclm"},
+    "evaluation": {"audio", "checkpoint", "data"},
+    "evaluation.bench": {"audio", "checkpoint", "data", "musiclm"},
+    "evaluation.candidates": {"audio", "checkpoint", "data", "musiclm"},
+    "evaluation.codec_judgement": {"audio", "codec", "components", "data"},
+    "evaluation.held_out": {"audio", "checkpoint", "data", "musiclm"},
+    "evaluation.memorisation": {"generation", "musiclm"},
     # A command takes what it needs; nothing takes the commands.
     "cli": LEAVES | {"data", "training", "evaluation", "musiclm", "output", "info"},
 }

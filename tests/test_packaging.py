@@ -87,7 +87,12 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel: Path):
         "musiclm_kernels/py.typed",
         "musiclm_engine/data/scores/chorales.jsonl.gz",
         "musiclm_engine/data/scores/tunes.jsonl.gz",
+        "musiclm_engine/data/soundfonts/musescore_general_eight.sf3",
+        "musiclm_engine/data/soundfonts/COPYRIGHT",
+        "musiclm_engine/training/configs/recordings.toml",
+        "musiclm_engine/training/configs/soundstream.toml",
         "musiclm_engine/training/configs/tiny.toml",
+        "musiclm_engine/training/configs/tiny-h100.toml",
     }
     for package in ("engine", "kernels"):
         folder = ROOT / package

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musiclm_engine.audiolm import (
+        BestRQTokenizer,
         CoarseTransformer,
         FineTransformer,
+        NoteTokenizer,
         SemanticTokenizer,
         SemanticTransformer,
     )
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AudioLM",
     "AudioSpectrogramTransformer",
+    "BestRQTokenizer",
     "CoarseTransformer",
     "FineTransformer",
     "MuLaN",
     "MuLaNEmbedQuantizer",
     "MusicLM",
     "MusicLMOutput",
+    "NoteTokenizer",
     "SemanticTokenizer",
     "SemanticTransformer",
     "SoundStream",
@@ -44,7 +48,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "audiolm": ("CoarseTransformer", "FineTransformer", "SemanticTokenizer", "SemanticTransformer"),
+    "audiolm": (
+        "BestRQTokenizer",
+        "CoarseTransformer",
+        "FineTransformer",
+        "NoteTokenizer",
+        "SemanticTokenizer",
+        "SemanticTransformer",
+    ),
     "codec": ("SoundStream", "SpectralSoundStream"),
     "generation": ("AudioLM",),
     "mulan": ("AudioSpectrogramTransformer", "MuLaN", "MuLaNEmbedQuantizer", "TextTransformer"),

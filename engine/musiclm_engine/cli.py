@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,13 @@ def generate(
         if repeat is not None:
             check_same_model(repeat, model_sha256)
         musiclm = MusicLM.from_pretrained(request.model, device=device)
+        for prompt in request.prompts:
+            if unseen := musiclm.mulan.unseen_words(prompt):
+                typer.echo(
+                    f"The model has heard no music called {', '.join(unseen)}: it will make the "
+                    f"nearest to {prompt!r} that it knows.",
+                    err=True,
+                )
         started = time.perf_counter()
         with _progress_bars() as show:
             result = musiclm.generate(
@@ -139,8 +147,8 @@ def train(
     model: Annotated[
         str,
         typer.Argument(
-            help="codec, tokenizer, mulan, quantizer, semantic, coarse or fine: "
-            "each needs those before it."
+            help="codec, semantic_encoder, tokenizer, mulan, quantizer, semantic, coarse or fine, "
+            "each of which needs those before it; or all, one after another."
         ),
     ],
     config: Annotated[
@@ -151,18 +159,45 @@ def train(
         Path, typer.Option(help="Folder of the whole set of models; holds all checkpoints.")
     ] = Path("runs/tiny"),
     minutes: Annotated[
-        float | None, typer.Option(help="Stop after this long; the same command goes on.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of training the whole set, which the models divide as the configuration says; "
+            "without it, the configuration's steps are the end.",
+        ),
+    ] = None,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes until it saves and stops; the same command goes on."),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="If there is no manifest, render a corpus this long first."),
+    ] = None,
+    bundle_to: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="When the set is whole, gather it in this folder."),
+    ] = None,
+    parcel: Annotated[
+        Path | None,
+        typer.Option(
+            help="At each checkpoint, pack the run here in files of at most 16 MiB, "
+            "for musiclm unpack on another machine."
+        ),
     ] = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
 ) -> None:
-    """Train one model of a set, or go on where its checkpoint stands.
+    """Train a set of models or one of it, or go on where its checkpoint stands.
 
     Loss curves: tensorboard --logdir RUN_DIR
     """
+    began = time.monotonic()
     with _told_plainly():
         from musiclm_engine.musiclm import check_device
-        from musiclm_engine.training.run import train as train_model
+        from musiclm_engine.training.bundle import bundle_run
+        from musiclm_engine.training.run import Limits
+        from musiclm_engine.training.run import train as train_models
 
         _set_threads(threads)
         with _progress_bars() as show:
@@ -171,18 +206,47 @@ def train(
                 held_out = {k: v for k, v in figures.items() if k.startswith("validation/")}
                 if held_out:
                     text = ", ".join(f"{k[11:]} {v:.4f}" for k, v in held_out.items())
-                    show.print(f"{what} {done}: loss {figures['train/loss']:.4f}; held out: {text}")
+                    show.print(
+                        f"{what} {done}: loss {figures['train/loss']:.4f}; held out: {text}; "
+                        f"after {(time.monotonic() - began) / 60:.1f} min"
+                    )
                 show(what, done, total)
 
-            train_model(
+            if hours is not None and not manifest.exists():
+                from musiclm_engine.data.build import build_corpus
+
+                clips_done = partial(show, "clips")
+                build_corpus(manifest.parent, hours=hours, on_progress=clips_done)
+            done = train_models(
                 model,
                 config=config,
                 manifest=manifest,
                 run_dir=run_dir,
                 device=check_device(device),
-                minutes=minutes,
+                limits=Limits(minutes, None if stop_after is None else began + 60 * stop_after),
+                parcel=parcel,
                 report=report,
             )
+        if not done:
+            typer.echo("stopped and saved: the same command goes on")
+        elif bundle_to is not None:
+            bundle_run(run_dir, config=config).save_pretrained(bundle_to)
+            typer.echo(f"{bundle_to}")
+
+
+@app.command()
+def unpack(
+    parcel: Annotated[Path, typer.Argument(help="Folder that train --parcel wrote.")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="Folder to go on in; it must not hold a run yet.")
+    ],
+) -> None:
+    """Lay out a run that was carried here, for train to go on with or bundle to gather."""
+    with _told_plainly():
+        from musiclm_engine.training.parcel import unpack as unpack_run
+
+        unpack_run(parcel, run_dir)
+        typer.echo(f"{run_dir}")
 
 
 @app.command()
@@ -202,8 +266,15 @@ def bundle(
 @app.command("eval")
 def evaluate(
     manifest: ManifestOption = Path("corpus/manifest.jsonl"),
-    clips: Annotated[int, typer.Option(min=2, help="Held-out captions to generate from.")] = 120,
+    clips: Annotated[int, typer.Option(min=2, help="Held-out captions to generate from.")] = 300,
     seed: Annotated[int, typer.Option(help="Of the choice of captions and of generation.")] = 0,
+    work: Annotated[
+        Path, typer.Option(help="Folder of candidates and judgements; the same command goes on.")
+    ] = Path("runs/eval"),
+    part: Annotated[
+        str | None,
+        typer.Option(help="K/N: the K-th of N parts of the captions, for processes side by side."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
@@ -211,21 +282,74 @@ def evaluate(
 ) -> None:
     """Judge a model on captions of held-out pieces, with tools that took no part in training.
 
-    Prints each measure between its floor (captions shuffled) and its ceiling (true renderings).
+    Prints each attribute between its floor (captions shuffled) and its ceiling (true renderings),
+    the codec's own figures, Frechet distances, and what the semantic stage knows by heart.
     """
     with _told_plainly():
         from musiclm_engine.checkpoint import write_json
         from musiclm_engine.evaluation.held_out import evaluate_held_out
         from musiclm_engine.evaluation.report import markdown_table
-        from musiclm_engine.musiclm import MusicLM
+        from musiclm_engine.musiclm import MusicLM, fingerprint, model_folder
 
+        own_part = (1, 1) if part is None else _parse_part(part)
         _set_threads(threads)
+        model_sha256 = fingerprint(model_folder(model))
         musiclm = MusicLM.from_pretrained(model, device=device)
         with _progress_bars() as show:
-            figures = evaluate_held_out(musiclm, manifest, clips=clips, seed=seed, on_progress=show)
+            figures = evaluate_held_out(
+                musiclm,
+                manifest,
+                model_sha256=model_sha256,
+                clips=clips,
+                seed=seed,
+                work=work,
+                part=own_part,
+                on_progress=show,
+            )
+        if figures is None:
+            typer.echo(f"part {part} is in {work}; once all are, the command without --part judges")
+            return
         if out is not None:
             write_json(out, figures)
         typer.echo(markdown_table(figures))
+
+
+@app.command("eval-codec")
+def evaluate_codec(
+    manifest: ManifestOption = Path("corpus/manifest.jsonl"),
+    clips: Annotated[int, typer.Option(min=2, help="Clips of the validation split.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the choice of clips.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    model: ModelOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of a set in training, in place of --model.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = DECODE_THREADS,
+) -> None:
+    """Judge a codec alone: which notes and tags of a clip are left with 1, 2 ... of its levels."""
+    with _told_plainly():
+        from musiclm_engine.checkpoint import write_json
+        from musiclm_engine.evaluation.codec_judgement import evaluate_codec
+        from musiclm_engine.evaluation.report import codec_table
+        from musiclm_engine.musiclm import check_device, model_folder
+
+        if run_dir is not None and model is not None:
+            raise ValueError("--model and --run-dir both say where the codec is: leave one out")
+        stem = model_folder(model) / "codec" if run_dir is None else run_dir / "codec" / "model"
+        _set_threads(threads)
+        with _progress_bars() as show:
+            figures = evaluate_codec(
+                stem,
+                manifest,
+                clips=clips,
+                seed=seed,
+                device=check_device(device),
+                on_progress=lambda done, total: show("clips", done, total),
+            )
+        if out is not None:
+            write_json(out, figures)
+        typer.echo(codec_table(figures))
 
 
 @app.command()
@@ -246,7 +370,7 @@ def build(
     hours: Annotated[float, typer.Option(help="Of audio, 115 MB an hour at most.")] = 2.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     soundfont: Annotated[
-        Path | None, typer.Option(help="An .sf2 or .sf3 file; looked for if not given.")
+        Path | None, typer.Option(help="An .sf2 or .sf3 file; the bundled one if not given.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
 ) -> None:
@@ -328,6 +452,13 @@ def _set_threads(threads: int) -> None:
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal()):
+        raise ValueError(f"--part {text}: wanted K/N, as 1/2")
+    return int(number), int(of)
 
 
 def _parse_settings(pairs: list[str]) -> dict[str, float]:

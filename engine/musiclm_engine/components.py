@@ -9,13 +9,15 @@ from musiclm_engine.audiolm import (
     SemanticTokenizer,
     SemanticTransformer,
 )
+from musiclm_engine.audiolm.best_rq import BestRQTokenizer
+from musiclm_engine.audiolm.note_tokenizer import NoteTokenizer
 from musiclm_engine.checkpoint import load_model
 from musiclm_engine.codec import SoundStream, SpectralSoundStream
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
 
 CLASSES: dict[str, tuple[type, ...]] = {
     "codec": (SpectralSoundStream, SoundStream),
-    "tokenizer": (SemanticTokenizer,),
+    "tokenizer": (SemanticTokenizer, NoteTokenizer, BestRQTokenizer),
     "mulan": (MuLaN,),
     "quantizer": (MuLaNEmbedQuantizer,),
     "semantic": (SemanticTransformer,),

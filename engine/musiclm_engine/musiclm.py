@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from musiclm_engine.audiolm import SemanticTokenizer
+from musiclm_engine.audiolm.clustered import ClusteredTokens
 from musiclm_engine.checkpoint import CheckpointError, read_json, save_model, write_json
 from musiclm_engine.components import load_component
 from musiclm_engine.generation import (
@@ -70,7 +70,7 @@ class MusicLM(nn.Module):
         *,
         mulan: MuLaN,
         quantizer: MuLaNEmbedQuantizer,
-        tokenizer: SemanticTokenizer,
+        tokenizer: ClusteredTokens,
         audiolm: AudioLM,
         sampling: StageSampling,
     ) -> None:
@@ -251,7 +251,7 @@ class MusicLM(nn.Module):
 
 
 def _refuse_strangers(
-    mulan: MuLaN, quantizer: MuLaNEmbedQuantizer, tokenizer: SemanticTokenizer, audiolm: AudioLM
+    mulan: MuLaN, quantizer: MuLaNEmbedQuantizer, tokenizer: ClusteredTokens, audiolm: AudioLM
 ) -> None:
     """Parts that were not trained together, as far as it shows: they would make noise."""
     codec, semantic = audiolm.codec, audiolm.semantic

@@ -312,6 +312,36 @@ def test_train_goes_through_bundle_to_generate(tiny_config, tiny_corpus, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_train_all_stops_goes_on_and_bundles(tiny_config, tiny_corpus, tmp_path):
+    common = ("--config", tiny_config, "--manifest", tiny_corpus, "--threads", 1)
+    first = musiclm(
+        *("train", "all", *common, "--run-dir", tmp_path / "far"),
+        *("--stop-after", 0, "--parcel", tmp_path / "parcel", "--bundle", tmp_path / "model"),
+    )
+    assert done(first) == ["stopped and saved: the same command goes on"]
+    assert names(tmp_path) == ["far", "parcel"] and names(tmp_path / "far") == ["codec"]
+    here = tmp_path / "here"
+    assert done(musiclm("unpack", tmp_path / "parcel", here)) == [str(here)]
+    again = ("train", "all", *common, "--run-dir", here, "--bundle", tmp_path / "model")
+    assert done(musiclm(*again))[-1] == str(tmp_path / "model")
+    asked = ("--model", tmp_path / "model", *SHORT, "--out", tmp_path / "hymn.wav")
+    told = musiclm("generate", f"Polyphonic zydeco, {HYMN}", *asked)
+    done(told)
+    assert "no music called polyphonic, zydeco: it will make the nearest" in told.stderr
+    refused(musiclm("unpack", tmp_path / "parcel", here), "holds a run already")
+    refused(musiclm("unpack", tmp_path, tmp_path / "new"), "holds no parcel")
+
+
+def test_train_renders_what_is_not_there(tiny_config, tmp_path):
+    """Two clips, both to train on: enough to see that they are taken, too few to train."""
+    manifest = tmp_path / "corpus" / "manifest.jsonl"
+    asked = ("--config", tiny_config, "--manifest", manifest, "--run-dir", tmp_path / "run")
+    told = musiclm("train", "codec", *asked, "--hours", 0.005)
+    assert told.exit_code == 1
+    assert told.stderr.splitlines()[-1].endswith("no clips in split 'validation'")
+    assert len(manifest.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -2,20 +2,25 @@
 
 import errno
 import hashlib
+import json
 import math
 import os
+import random
 import re
+import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
 from musiclm_engine.data import build, build_corpus, load_manifest, render
+from musiclm_engine.data.captions import Caption
 from musiclm_engine.data.instruments import INSTRUMENTS
-from musiclm_engine.data.render import Renderer, SoundNote, find_soundfont
+from musiclm_engine.data.render import Renderer, SoundNote
 from musiclm_engine.data.scores import load_pieces, tonic_name
 
 RATE_HZ = 16_000
@@ -143,21 +148,6 @@ def test_filters_that_wait_for_a_modulator_are_opened(soundfont: Path, tmp_path:
     np.testing.assert_array_equal(a, b)
 
 
-def test_find_soundfont(soundfont: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "SOUNDFONT_FOLDERS", (tmp_path,))
-    monkeypatch.delenv(render.SOUNDFONT_VARIABLE, raising=False)
-    with pytest.raises(
-        FileNotFoundError, match="apt-get install musescore-general-soundfont-small"
-    ):
-        find_soundfont()
-    with pytest.raises(FileNotFoundError, match=r"no soundfont at .*none\.sf2"):
-        find_soundfont(tmp_path / "none.sf2")
-    (tmp_path / "FluidR3_GM.sf2").touch()
-    assert find_soundfont() == tmp_path / "FluidR3_GM.sf2"
-    monkeypatch.setenv(render.SOUNDFONT_VARIABLE, str(soundfont))
-    assert find_soundfont() == soundfont
-
-
 def test_missing_synthesiser_and_broken_soundfont_say_what_to_do(
     soundfont: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +193,10 @@ def test_facts_follow_from_the_score(corpus: Path) -> None:
         if piece.tonic is not None and piece.mode is not None:
             assert facts["key"] == tonic_name(piece.tonic + facts["transposition"], piece.mode)
         assert facts["instrument"] in INSTRUMENTS
-        assert len(clip.captions) == 6
+        assert len(clip.captions) == len(clip.stated) == 8
+        assert {"instrument", "kind", "tempo_bpm"} <= clip.stated[0]
+        assert facts["family"] == INSTRUMENTS[facts["instrument"]].family
+        assert facts["origin"] == ("Irish" if "oneills" in clip.piece else None)
 
 
 def test_chorales_move_in_quavers_of_the_stated_tempo(corpus: Path) -> None:
@@ -281,6 +274,61 @@ def test_a_resumed_build_gives_the_same_bytes(
     assert digests(tmp_path) == digests(corpus.parent)
     assert clips[0].stat().st_mtime_ns == untouched
     assert progress == [(i + 1, 48) for i in range(48)]
+
+
+def test_the_sound_of_a_clip_has_not_changed_since_format_1() -> None:
+    """The notes of thirty clips, as they were when captions had no words for families and moods."""
+    digest = hashlib.sha256()
+    for index in range(30):
+        plan = build.plan_clip(0, index, 10.0)
+        sound = (plan.facts["instrument"], plan.level_db, plan.facts["notes"])
+        digest.update(json.dumps(sound).encode())
+    assert digest.hexdigest() == "2297fe06401527763bb822a4225f72cccfe44fe37fee615b4b98210f8a0cfd8b"
+
+
+def test_captions_are_drawn_apart_from_the_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(facts: dict[str, Any], rng: random.Random) -> tuple[Caption, ...]:
+        rng.random()
+        return (Caption(f"other {rng.random()}", frozenset()),)
+
+    plans = [build.plan_clip(3, index, 10.0) for index in range(20)]
+    monkeypatch.setattr(build, "write_captions", greedy)
+    others = [build.plan_clip(3, index, 10.0) for index in range(20)]
+    assert [plan.notes for plan in plans] == [plan.notes for plan in others]
+    assert len({plan.captions for plan in others}) == 20
+
+
+@pytest.mark.parametrize("old_format", [1, 2])
+def test_clips_of_older_formats_are_kept_and_captioned_anew(
+    old_format: int, corpus: Path, soundfont: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "corpus"
+    shutil.copytree(corpus.parent, old)
+    record = json.loads((old / "build.json").read_text())
+    (old / "build.json").write_text(json.dumps(record | {"format": old_format}))
+    (old / "manifest.jsonl").write_text("captions as they were\n")
+    rendered: list[Path] = []
+    write = soundfile.write
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        rendered.append(arguments[0])
+        write(*arguments, **options)
+
+    monkeypatch.setattr(soundfile, "write", watched)
+    build_corpus(old, hours=48 * 10 / 3600, seed=5, soundfont=soundfont, workers=1)
+    assert len(rendered) < 12  # those in which a note may die away are looked at again
+    assert digests(old) == digests(corpus.parent)
+
+
+def test_a_format_that_is_not_known_is_refused(
+    corpus: Path, soundfont: Path, tmp_path: Path
+) -> None:
+    future = tmp_path / "corpus"
+    shutil.copytree(corpus.parent, future)
+    record = json.loads((future / "build.json").read_text())
+    (future / "build.json").write_text(json.dumps(record | {"format": 99}))
+    with pytest.raises(ValueError, match=r"holds another build \(format 99, now 3\)"):
+        build_corpus(future, hours=0.01, seed=5, soundfont=soundfont)
 
 
 def test_refusals(corpus: Path, soundfont: Path, tmp_path: Path) -> None:

@@ -41,6 +41,33 @@ def test_round_trip(tmp_path: Path) -> None:
     assert json.loads(path.read_text("utf-8").splitlines()[0])["audio"] == "clips/0.flac"
 
 
+def test_what_captions_state_comes_back(tmp_path: Path) -> None:
+    clip = Clip(
+        tmp_path / "a.wav",
+        10.0,
+        ("a slow hymn in G major", "music"),
+        "train",
+        "p",
+        stated=(frozenset({"tempo_word", "kind", "key"}), frozenset()),
+    )
+    clip.audio.touch()
+    path = write_manifest(tmp_path / "manifest.jsonl", [clip])
+    assert load_manifest(path) == [clip]
+    assert json.loads(path.read_text("utf-8"))["stated"] == [["kind", "key", "tempo_word"], []]
+
+
+def test_without_stated_every_caption_states_nothing_known(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ROW | {"captions": ["one", "two"]})
+    (clip,) = load_manifest(path)
+    assert clip.stated == (frozenset(), frozenset())
+    assert Clip(Path("a"), 1.0, ("x", "y", "z"), "train", "p").stated == (frozenset(),) * 3
+    assert "stated" not in json.loads(write_manifest(path, [clip]).read_text("utf-8"))
+    with pytest.raises(ValueError, match="stated has 1 entries for 2 captions"):
+        Clip(Path("a"), 1.0, ("x", "y"), "train", "p", stated=(frozenset(),))
+    with pytest.raises(ValueError, match=r"stated\[0\] names 'tempo'"):
+        Clip(Path("a"), 1.0, ("x",), "train", "p", stated=(frozenset({"tempo"}),))
+
+
 def test_a_manifest_moves_with_its_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "old"
     old.mkdir()
@@ -77,6 +104,15 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path) -> None:
         (ROW | {"split": "dev"}, "'dev'"),
         (ROW | {"audio": 3}, "audio"),
         (ROW | {"facts": []}, "facts"),
+        (ROW | {"stated": None}, "stated must be a list of lists, .* found None"),
+        (ROW | {"stated": ["key"]}, r"stated must be a list of lists, .* found \['key'\]"),
+        (ROW | {"stated": []}, r"stated must be a list of lists, .* found \[\]"),
+        (ROW | {"stated": [[], []]}, "stated has 2 entries for 1 captions, want one for each"),
+        (ROW | {"stated": [[3]]}, r"stated\[0\] must hold names, found \[3\]"),
+        (
+            ROW | {"captions": ["x", "y"], "stated": [["key"], ["bpm"]]},
+            r"stated\[1\] names 'bpm', which is not one of instrument, family, kind, key",
+        ),
     ],
 )
 def test_errors_name_file_line_and_fault(tmp_path: Path, bad: Any, said: str) -> None:

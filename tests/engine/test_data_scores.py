@@ -72,4 +72,26 @@ def test_kind_comes_from_the_tunes_own_words() -> None:
     assert kind_of("slipjig", "x") == "slip jig"
     assert kind_of(None, "The Free Mason's March.") == "march"
     assert kind_of(None, "Marching to Georgia") == "folk tune"
-    assert kind_of("C:O'Carolan", "Planxty") == "folk tune"
+    assert kind_of("C:O'Carolan", "Planxty Burke") == "planxty"
+    assert kind_of(None, "Quick Step. 25th Regt.") == "quickstep"
+    assert kind_of(None, "Miss Grant's Strathsy.") == "strathspey"
+    assert kind_of(None, "McLEAN'S LAMENTATION") == "lament"
+    assert kind_of(None, "Quick March by Mr. Handel") == "march"
+    assert kind_of(None, "The Morning Air") == "air"
+    assert kind_of(None, "Fairy Air Dances") == "folk tune"
+    assert kind_of("air", "The Soldier's March") == "air"
+
+
+def test_kinds_taken_from_titles_are_in_the_scores() -> None:
+    kinds = {piece.kind for piece in load_pieces()}
+    assert {"quickstep", "lament", "planxty", "air", "march", "allemande", "lullaby"} <= kinds
+
+
+def test_only_the_irish_book_is_called_irish() -> None:
+    books = {(piece.id.split("/")[0], piece.origin) for piece in load_pieces()}
+    assert books == {
+        ("bach", None),
+        ("airdsAirs", None),
+        ("ryansMammoth", None),
+        ("oneills1850", "Irish"),
+    }

@@ -166,7 +166,7 @@ def test_tagger_hears_plucked_and_sung_tones_apart() -> None:
     needs("musicnn", "librosa")
     tagger = MusicTagger()
     tagging = tagger(plucked(C_MAJOR_TUNE), SAMPLE_RATE_HZ)
-    assert tagging.probabilities.shape == (50,) and tagging.penultimate.shape == (200,)
+    assert tagging.probabilities.shape == (50,) and tagging.embedding.shape == (3, 200)
     sine = 0.3 * np.sin(2 * np.pi * 880 * np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ)
     flute_like = tagger(sine.astype(np.float32), SAMPLE_RATE_HZ)
     # A tone without overtones is the nearest thing to a flute that a formula gives.

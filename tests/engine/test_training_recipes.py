@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from musiclm_engine import SoundStream
+from musiclm_engine.audio import load_audio
 from musiclm_engine.checkpoint import CheckpointError, read_tensors
 from musiclm_engine.data.manifest import ManifestError, load_manifest
 from musiclm_engine.generation import Sampling, Windows
 from musiclm_engine.training.bundle import bundle_run
-from musiclm_engine.training.clips import Crops, load_crop
-from musiclm_engine.training.config import TRAINED, ConfigError, load_config, table
+from musiclm_engine.training.clip_bank import open_bank
+from musiclm_engine.training.clips import Crops
+from musiclm_engine.training.config import OPTIONAL, TRAINED, ConfigError, load_config, table
 from musiclm_engine.training.loop import Schedule
-from musiclm_engine.training.run import train
+from musiclm_engine.training.run import RECIPES, train
 from musiclm_engine.training.token_cache import TokenCache
 
 CPU = torch.device("cpu")
+MODELS = [name for name in TRAINED if name not in OPTIONAL]
 
 
 def train_one(name, config, manifest, run_dir, **arguments):
@@ -39,28 +42,66 @@ def train_one(name, config, manifest, run_dir, **arguments):
 def trained(tiny_config, tiny_corpus, tmp_path_factory):
     """All seven models, in their order, and what was told of each."""
     run_dir = tmp_path_factory.mktemp("run")
-    told = {name: train_one(name, tiny_config, tiny_corpus, run_dir) for name in TRAINED}
+    told = {name: train_one(name, tiny_config, tiny_corpus, run_dir) for name in MODELS}
     return run_dir, told
 
 
 # Configurations.
 
 
-def test_the_bundled_configuration_is_whole():
-    config = load_config("tiny")
-    for name in TRAINED:
-        table(config, name)
-    for name in ("codec", "mulan", "semantic", "coarse", "fine"):
-        settings = table(config, name)
+@pytest.mark.parametrize("name", ["tiny", "tiny-h100", "recordings"])
+def test_a_bundled_configuration_is_whole(name):
+    config = load_config(name)
+    for model in TRAINED:
+        table(config, model)
+    for model in RECIPES:
+        settings = table(config, model)
         fields = Schedule.__dataclass_fields__
         Schedule(**{key: value for key, value in settings.items() if key in fields})
+    shares = [config[model]["share"] for model in RECIPES]
+    assert all(shares) and sum(shares) < 0.95  # the rest is for tokens and clusters
+
+
+def test_both_bundled_configurations_are_of_the_same_models():
+    one, other = load_config("tiny"), load_config("tiny-h100")
+    for model in TRAINED:
+        for entry in ("model", "audio", "text", "sampling", "crop_seconds"):
+            assert one[model].get(entry) == other[model].get(entry)
+
+
+def test_a_configuration_extends_another(tmp_path):
+    path = tmp_path / "more.toml"
+    path.write_text("extends = 'tiny'\nseed = 7\n[fine]\nsteps = 5\nmodel = { dim = 16 }\n")
+    base, config = load_config("tiny"), load_config(str(path))
+    assert config["seed"] == 7 and config["codec"] == base["codec"]
+    assert config["fine"] == base["fine"] | {"steps": 5, "model": {"dim": 16}}
+    (tmp_path / "most.toml").write_text("extends = 'own.toml'\n[codec]\nsteps = 2\n")
+    (tmp_path / "own.toml").write_text("[codec]\nsteps = 1\nbatch_size = 3\n")
+    assert load_config(str(tmp_path / "most.toml")) == {"codec": {"steps": 2, "batch_size": 3}}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("extends = 'huge'", "no configuration huge"),
+        ("extends = 3", "has extends = 3, wanted the name"),
+        ("extends = 'tiny-h100'", "extends .*tiny-h100.toml, wanted one that extends no other"),
+        ("[codec]\nshare = 1.5", r"\[codec\] of .* has share = 1.5, wanted a number from 0 to 1"),
+        ("[codec]\nshare = 'all'", r"has share = 'all'"),
+    ],
+)
+def test_an_extension_that_makes_no_sense_is_refused(tmp_path, text, message):
+    path = tmp_path / "odd.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("[codec", "is not TOML"),
-        ("[codek]\nsteps = 3", "has unknown entries: codek; wanted seed, codec"),
+        ("[codek]\nsteps = 3", "has unknown entries: codek; wanted seed, extends, codec"),
         ("[codec]\nlearning_rte = 1", r"\[codec\] of .* has unknown entries: learning_rte; wanted"),
         ("codec = 3", r"has codec = 3, wanted a table \[codec\]"),
         ("seed = 'x'", "has seed = 'x', wanted a whole number"),
@@ -111,37 +152,55 @@ def test_a_table_that_is_missing_is_named():
 
 
 def test_an_unknown_model_is_refused(tiny_config, tiny_corpus, tmp_path):
-    with pytest.raises(ValueError, match="name is 'vocals', wanted one of codec, tokenizer"):
+    with pytest.raises(ValueError, match="name is 'vocals', wanted one of codec, .*, fine, all"):
         train_one("vocals", tiny_config, tiny_corpus, tmp_path)
 
 
 # Crops.
 
 
-def crops(manifest, seed=0, seconds=0.5):
-    return Crops(load_manifest(manifest, "train"), seconds, 6, 16000, seed)
+@pytest.fixture(scope="module")
+def bank(tiny_corpus, tmp_path_factory):
+    clips = load_manifest(tiny_corpus, "train")
+    return open_bank(clips, tmp_path_factory.mktemp("bank") / "train.pcm", 16000)
 
 
-def test_a_batch_of_crops_is_a_function_of_seed_and_step(tiny_corpus):
-    audio, captions = crops(tiny_corpus).batch(3)
-    again, same = crops(tiny_corpus).batch(3)
+@pytest.fixture
+def crops(bank, tiny_corpus):
+    def make(seed=0, seconds=0.5):
+        return Crops(bank, load_manifest(tiny_corpus, "train"), seconds, 6, seed)
+
+    return make
+
+
+def test_a_batch_of_crops_is_a_function_of_seed_and_step(crops, tiny_corpus):
+    audio, captions = crops().batch(3)
+    again, same = crops().batch(3)
     assert audio.shape == (6, 8000) and torch.equal(audio, again) and captions == same
-    assert not torch.equal(audio, crops(tiny_corpus).batch(4)[0])
-    assert not torch.equal(audio, crops(tiny_corpus, seed=1).batch(3)[0])
+    assert not torch.equal(audio, crops().batch(4)[0])
+    assert not torch.equal(audio, crops(seed=1).batch(3)[0])
     own = [set(clip.captions) for clip in load_manifest(tiny_corpus, "train")]
     assert all(any(caption in some for some in own) for caption in captions)
 
 
-def test_a_clip_shorter_than_the_crop_ends_in_silence(tiny_corpus):
-    audio, _ = crops(tiny_corpus, seconds=2.0).batch(0)
+def test_a_crop_is_its_stretch_of_its_clip(crops, tiny_corpus):
+    draw, (audio, captions) = crops().draw(2), crops().batch(2)
+    clips = load_manifest(tiny_corpus, "train")
+    assert captions == draw.captions and len(set(draw.starts)) > 1
+    for row, start, crop, caption in zip(draw.rows, draw.starts, audio, captions, strict=True):
+        assert torch.equal(crop, load_audio(clips[row].audio, 16000)[start : start + 8000])
+        assert caption in clips[row].captions
+
+
+def test_crops_reach_the_first_and_the_last_sample(crops):
+    starts = {int(start) for step in range(40) for start in crops(seconds=1.1999).draw(step).starts}
+    assert starts == {0, 1, 2}
+
+
+def test_a_clip_shorter_than_the_crop_ends_in_silence(crops):
+    audio, _ = crops(seconds=2.0).batch(0)
     assert audio.shape == (6, 32000)
     assert (audio[:, :19200].abs().amax(1) > 0.1).all() and not audio[:, 19200:].any()
-
-
-def test_a_crop_is_its_stretch_of_the_clip(tiny_corpus):
-    clip = load_manifest(tiny_corpus, "train")[0]
-    whole, part = load_crop(clip, 0.0, 1.2, 16000), load_crop(clip, 0.25, 0.5, 16000)
-    assert torch.equal(part, whole[4000:12000])
 
 
 # Tokens.
@@ -187,6 +246,12 @@ def test_all_tokens_of_a_row_are_of_one_clip_and_moment(cache):
     assert starts.min() == 0 and starts.max() == 6  # the first and the last place there is
 
 
+def test_every_caption_of_a_clip_is_drawn(cache):
+    conditioning, semantic, _ = cache.batch(**{**ASK, "size": 200, "text_share": 1.0}, step=0)
+    first = conditioning[semantic[:, 0] // 1000 == 0]
+    assert {tuple(row) for row in first.tolist()} == {(10, 10), (10, 11)}
+
+
 @pytest.mark.parametrize("share, lowest", [(0.0, 0), (1.0, 10)])
 def test_text_share_at_its_ends(cache, share, lowest):
     conditioning, _, _ = cache.batch(**{**ASK, "text_share": share}, step=0)
@@ -211,7 +276,7 @@ def test_a_token_cache_comes_back(cache, tmp_path):
 
 def test_seven_models_are_trained_and_make_music(trained, tiny_config, tmp_path):
     run_dir, told = trained
-    for name in TRAINED:
+    for name in MODELS:
         assert (run_dir / name / "model.json").exists()
         what, done, total, _ = told[name][-1]
         assert what == name and done == total
@@ -240,9 +305,9 @@ def test_token_caches_are_the_models_own_tokens(trained, tiny_corpus):
     from musiclm_engine.components import load_component
 
     cache = TokenCache.load(run_dir / "tokens" / "train.safetensors")
-    parts = {name: load_component(name, run_dir / name / "model") for name in TRAINED[:4]}
+    parts = {name: load_component(name, run_dir / name / "model") for name in MODELS[:4]}
     clips = load_manifest(tiny_corpus, "train")
-    audio = torch.stack([load_crop(clip, 0.0, 1.2, 16000) for clip in clips])
+    audio = torch.stack([load_audio(clip.audio, 16000) for clip in clips])
     assert torch.equal(cache.acoustic.long(), parts["codec"].encode(audio))
     assert torch.equal(cache.semantic.long(), parts["tokenizer"].encode(audio))
     with torch.inference_mode():
@@ -295,7 +360,7 @@ def test_a_longer_crop_than_the_clips_is_refused(trained, tiny_config, tiny_corp
     path = tmp_path / "long.toml"
     path.write_text(tiny_config.read_text().replace("crop_seconds = 0.2", "crop_seconds = 9.0"))
     (tmp_path / "run").mkdir()
-    for name in (*TRAINED[:4], "tokens"):
+    for name in (*MODELS[:4], "tokens"):
         (tmp_path / "run" / name).symlink_to(run_dir / name)
     with pytest.raises(ValueError, match="a crop is 225 frames, wanted 1 to 30"):
         train_one("fine", path, tiny_corpus, tmp_path / "run")

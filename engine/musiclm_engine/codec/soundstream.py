@@ -161,21 +161,30 @@ class SoundStream(Codec):
         """The losses of audio [B, samples] without discriminators.
 
         Returns:
-            "loss", their weighted sum; "mel", the multi-scale spectral loss of section III-D;
+            "loss", their weighted sum; "mel", the multi-scale spectral loss of section III-E;
             "wave", L1 between waveforms; "commitment".
         """
+        return self.rebuild(audio)[2]
+
+    def rebuild(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """audio [B, samples] as it is rebuilt and as it was, [B, whole frames], and `forward`'s
+        losses between them."""
         audio = self.pad_to_frames(audio)
         latent = self.encoder(audio[:, None]).transpose(1, 2)
         quantized, commitment = quantize(self.rq, latent)
-        rebuilt = self.decoder(quantized.transpose(1, 2))[:, 0]
+        hidden = self.decoder[:-1](quantized.transpose(1, 2))
+        # Rounded to bfloat16, audio hisses 54 dB below itself, which a discriminator would learn.
+        with torch.autocast(audio.device.type, enabled=False):
+            rebuilt = self.decoder[-1](hidden.float())[:, 0]
         mel = self.mel_loss(rebuilt, audio)
         wave = F.l1_loss(rebuilt, audio)
-        return {
+        losses = {
             "loss": mel + 10 * wave + commitment,
             "mel": mel,
             "wave": wave,
             "commitment": commitment,
         }
+        return rebuilt, audio, losses
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class SpectralSoundStream(Codec):
         dim: width of the convolutional layers.
         encoder_depth: ConvNeXt blocks before the quantiser.
         decoder_depth: ConvNeXt blocks after it: painting is harder than looking.
+        paint_dim: width of a last hidden layer, before the bins: the partials of many notes on
+            many instruments are more shapes than dim. None is no such layer.
         codebook_dim: D, width of the quantised vectors.
         codebook_size: K.
         rq_num_quantizers: Q.
@@ -60,6 +62,7 @@ class SpectralSoundStream(Codec):
         dim: int = 256,
         encoder_depth: int = 2,
         decoder_depth: int = 5,
+        paint_dim: int | None = None,
         codebook_dim: int = 32,
         codebook_size: int = 1024,
         rq_num_quantizers: int = 6,
@@ -74,6 +77,7 @@ class SpectralSoundStream(Codec):
             "dim": dim,
             "encoder_depth": encoder_depth,
             "decoder_depth": decoder_depth,
+            "paint_dim": paint_dim,
             "codebook_dim": codebook_dim,
             "codebook_size": codebook_size,
             "rq_num_quantizers": rq_num_quantizers,
@@ -101,10 +105,12 @@ class SpectralSoundStream(Codec):
         self.to_latent = nn.Linear(dim * frames_per_code, codebook_dim)
         self.rq = residual_vq(codebook_dim, rq_num_quantizers, codebook_size)
         self.from_latent = nn.Linear(codebook_dim, dim * frames_per_code)
+        hidden = [] if paint_dim is None else [nn.Linear(dim, paint_dim), nn.GELU()]
         self.decoder = nn.Sequential(
             *(ConvNeXtBlock(dim) for _ in range(decoder_depth)),
             nn.LayerNorm(dim),
-            nn.Linear(dim, bins),
+            *hidden,
+            nn.Linear(dim if paint_dim is None else paint_dim, bins),
         )
 
     def forward(self, audio: Tensor) -> dict[str, Tensor]:
@@ -117,6 +123,11 @@ class SpectralSoundStream(Codec):
             weighs the peaks most; "commitment", of the encoder to its codes (VQ-VAE,
             arXiv 1711.00937).
         """
+        return self.rebuild(audio)[2]
+
+    def rebuild(self, audio: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log magnitudes of audio [B, samples] as they are painted and as they are, [B, T, bins],
+        and `forward`'s losses between them."""
         target = self._log_magnitude(self.pad_to_frames(audio))
         quantized, commitment = quantize(self.rq, self._to_latent(target))
         painted = self._paint(quantized)
@@ -125,13 +136,14 @@ class SpectralSoundStream(Codec):
         error = (painted.float().exp() - target.exp()).flatten(1).norm(dim=1)
         convergence = (error / target.exp().flatten(1).norm(dim=1)).mean()
         loss = spectrum + loud + 0.5 * convergence + 0.25 * commitment
-        return {
+        losses = {
             "loss": loss,
             "spectrum": spectrum,
             "loud": loud,
             "convergence": convergence,
             "commitment": commitment,
         }
+        return painted, target, losses
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:

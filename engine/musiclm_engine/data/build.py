@@ -2,6 +2,7 @@
 
 Clip i is a pure function of (seed, i), the soundfont and the clip's length: two builds give the same
 bytes, a longer build begins with a shorter one, and a build that was cut off goes on where it was.
+Captions are drawn by a generator of their own: however they change, the audio stays.
 """
 
 import errno
@@ -25,7 +26,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from musiclm_engine.data.captions import write_captions
+from musiclm_engine.data.caption_words import moods_of
+from musiclm_engine.data.captions import Caption, write_captions
 from musiclm_engine.data.instruments import (
     CHORALE_INSTRUMENTS,
     CLIP_SECONDS,
@@ -41,7 +43,8 @@ from musiclm_engine.whole_file import whole_file
 
 MANIFEST_NAME = "manifest.jsonl"
 RECORD_NAME = "build.json"
-FORMAT = 2  # raise it when the same seed no longer gives the same bytes
+FORMAT = 3  # raise it when the same seed no longer gives the same bytes
+SAME_AUDIO = (1, 2, 3)  # formats that differ in captions alone: their clips are kept
 CLIPS_A_TASK = 8
 MAX_SILENCE_S = 2.0
 SILENCE_RMS = 1e-3  # -60 dB, over windows of 0.1 s
@@ -67,7 +70,7 @@ class ClipPlan:
     piece: Piece
     facts: dict[str, Any]
     notes: tuple[SoundNote, ...]
-    captions: tuple[str, ...]
+    captions: tuple[Caption, ...]
     level_db: float
 
 
@@ -84,12 +87,13 @@ def build_corpus(
 ) -> Path:
     """Render `hours` of clips into `out` and return the manifest, `out/manifest.jsonl`.
 
-    Clips already there are kept if they are whole. `on_progress(done, total)` is called in this process.
-    `workers` defaults to one process a core; 1 renders in this process. The manifest is written last.
+    Clips already there are kept if they are whole, also where an older format captioned them: then
+    only the manifest is new. `on_progress(done, total)` is called in this process. `workers` defaults
+    to one process a core; 1 renders in this process. The manifest is written last.
 
     Raises ValueError for figures out of range and for a folder that holds a build with another seed,
-    soundfont or clip length, FileNotFoundError without a soundfont, ModuleNotFoundError without
-    tinysoundfont, OSError when `out` cannot be written; the clips written so far stay.
+    soundfont or clip length, FileNotFoundError for a soundfont that is not there,
+    ModuleNotFoundError without tinysoundfont, OSError when `out` cannot be written; the clips written so far stay.
     """
     if not 0 < hours < math.inf or not 1 <= clip_seconds < math.inf or not sample_rate_hz >= 8000:
         raise ValueError(
@@ -137,7 +141,7 @@ def split_of(piece_id: str) -> str:
 
 
 def plan_clip(seed: int, index: int, clip_seconds: float, attempt: int = 0) -> ClipPlan:
-    """Draw clip `index`: piece, excerpt, key, tempo, instrument, level, captions.
+    """Draw clip `index`: piece, excerpt, key, tempo, instrument, level, and then captions.
 
     `attempt` draws again, for a clip that came out too quiet.
     """
@@ -156,7 +160,9 @@ def plan_clip(seed: int, index: int, clip_seconds: float, attempt: int = 0) -> C
         dynamics = rng.choice(DYNAMICS)
         facts: dict[str, Any] = {
             "instrument": instrument,
+            "family": INSTRUMENTS[instrument].family,
             "kind": piece.kind,
+            "origin": piece.origin,
             "tempo_bpm": tempo_bpm,
             "metre": piece.metre,
             "key": None,
@@ -166,13 +172,15 @@ def plan_clip(seed: int, index: int, clip_seconds: float, attempt: int = 0) -> C
         }
         if piece.tonic is not None and piece.mode is not None:
             facts["key"] = tonic_name(piece.tonic + shift, piece.mode)
+        facts["mood"] = moods_of(facts)
         velocities, level_db = LEVELS[dynamics]
         notes = _perform(parts, quarter_s, clip_seconds, shift, velocities, rng)
         facts["notes"] = [
             [round(n.onset_s, 3), round(min(n.duration_s, clip_seconds - n.onset_s), 3), n.pitch]
             for n in notes
         ]
-        return ClipPlan(piece, facts, notes, write_captions(facts, rng), level_db)
+        words = random.Random(f"musiclm captions {seed} {index} {attempt}")
+        return ClipPlan(piece, facts, notes, write_captions(facts, words), level_db)
     raise RuntimeError(f"no excerpt found for clip {index} of seed {seed}")  # the scores are broken
 
 
@@ -299,6 +307,8 @@ class _Job:
                 raise ValueError(f"{path}: not JSON ({error})") from None
             if not isinstance(found, dict):
                 raise ValueError(f"{path}: not the record of a build, which is a JSON object")
+            if found.get("format") in SAME_AUDIO:
+                found["format"] = FORMAT
             has_clips = any((self.out / "clips").glob("*.flac"))  # none: its build failed early
             if found != record and has_clips:
                 differ = [
@@ -374,10 +384,11 @@ def _make_clip(job: _Job, renderer: Renderer, index: int) -> Clip:
     return Clip(
         audio=path,
         seconds=job.clip_seconds,
-        captions=plan.captions,
+        captions=tuple(caption.text for caption in plan.captions),
         split=split_of(plan.piece.id),
         piece=plan.piece.id,
         facts=plan.facts,
+        stated=tuple(caption.stated for caption in plan.captions),
     )
 
 

@@ -1,178 +1,131 @@
 """Captions for a clip, from its facts and nothing else.
 
-Facts are `instrument`, `kind`, `tempo_bpm`, `metre`, `key`, `mode` and `dynamics`; a caption may leave
-any out, and what is None is never said. Eleven captions in twelve name the instrument.
+Facts are `instrument`, `kind`, `tempo_bpm`, `metre`, `key`, `mode`, `dynamics` and, where there is one,
+`origin`. Which facts a caption states is drawn first, then the words, then the shape; what is None is
+never said. What makes a word true is in `caption_words`.
 """
 
 import random
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
-from musiclm_engine.data.instruments import INSTRUMENTS
+from musiclm_engine.data import caption_shapes as shapes
+from musiclm_engine.data.caption_draft import Words
+from musiclm_engine.data.caption_words import Facts, mood_words
 
-NUM_CAPTIONS = 6
+NUM_CAPTIONS = 8
 
-# Upper limits in beats a minute, and the words for what lies below.
-_TEMPI: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (60, ("very slow",)),
-    (80, ("slow",)),
-    (112, ("moderate", "walking", "medium-tempo")),
-    (144, ("fast", "lively")),
-    (float("inf"), ("very fast",)),
-)
-_DYNAMICS = {"soft": ("soft", "quiet", "gentle"), "medium": (), "loud": ("loud", "strong")}
-_KINDS = {
-    "chorale": ("chorale", "hymn", "chorale", "hymn", "church hymn", "Bach chorale"),
-    "clog": ("clog dance",),
-    "folk tune": ("folk tune", "folk melody", "traditional tune"),
+# The chance that a caption states a fact; the first caption and the short one have their own. Over the
+# captions of a clip half state the tempo as a number, six in ten the key, nine in ten who plays.
+_CHANCES = {
+    "kind": 0.65,
+    "tempo_bpm": 0.46,
+    "tempo_word": 0.4,
+    "metre": 0.25,
+    "dynamics": 0.35,
+    "mood": 0.4,
 }
-# Before a noun some instruments change their name: a choral hymn, not a voices hymn.
-_BEFORE_NOUN = {
-    "choir": ("choral", "choir"),
-    "strings": ("string orchestra", "string ensemble", "strings"),
+_KEY_CHANCE, _MODE_CHANCE = 0.62, 0.16
+_INSTRUMENT_CHANCE, _FAMILY_CHANCE = 0.78, 0.14
+_FIRST_EXTRAS = {"tempo_word": 0.4, "metre": 0.25, "dynamics": 0.35, "mood": 0.35}
+_SHORT_WEIGHTS = {
+    "instrument": 6,
+    "family": 1,
+    "kind": 2,
+    "tempo_bpm": 1.5,
+    "tempo_word": 1.5,
+    "key": 1.5,
+    "mode": 0.5,
+    "metre": 0.5,
+    "dynamics": 0.5,
+    "mood": 2,
 }
-_PLURAL = ("strings", "voices", "choral voices")
+_ALTERNATIVES = (("instrument", "family"), ("key", "mode"))
 
 
-def tempo_words(tempo_bpm: float) -> tuple[str, ...]:
-    """The words that are true of a tempo."""
-    return next(words for limit, words in _TEMPI if tempo_bpm < limit)
+class Caption(NamedTuple):
+    text: str
+    stated: frozenset[str]
+    """The facts it states: names out of `manifest.STATABLE`."""
 
 
-def key_names(key: str, mode: str) -> tuple[str, ...]:
-    """Ways to say a key: `Bb minor`, `B flat minor`."""
-    spoken = key.replace("b", " flat").replace("#", " sharp")
-    return (f"{key} {mode}",) if spoken == key else (f"{key} {mode}", f"{spoken} {mode}")
+def write_captions(facts: Facts, rng: random.Random) -> tuple[Caption, ...]:
+    """NUM_CAPTIONS captions, no two alike but for capitals, from full sentences to single words.
 
-
-def write_captions(facts: Mapping[str, Any], rng: random.Random) -> tuple[str, ...]:
-    """NUM_CAPTIONS different captions, from full sentences to lists of tags."""
-    shapes = [_sentence, _sentence, _phrase, _phrase, _tags, _partial]
-    captions: list[str] = []
+    The first states instrument, kind, key (where known) and the tempo as an exact number; the last is
+    of one or two facts.
+    """
+    captions: dict[str, Caption] = {}
     while len(captions) < NUM_CAPTIONS:
-        caption = shapes[len(captions)](_Words(facts, rng))
-        if caption.lower() not in (known.lower() for known in captions):
-            captions.append(caption)
-    return tuple(captions)
+        number = len(captions)
+        if number == 0:
+            caption = _write(facts, _first_facts(facts, rng), rng, exact=True)
+        elif number == NUM_CAPTIONS - 1:
+            caption = _write(facts, _few_facts(facts, rng), rng, short=True)
+        else:
+            caption = _write(facts, _some_facts(facts, rng), rng)
+        captions.setdefault(caption.text.lower().rstrip("."), caption)
+    return tuple(captions.values())
 
 
-class _Words:
-    """One draw of words for each fact; empty where the fact is unknown or left unsaid."""
-
-    def __init__(self, facts: Mapping[str, Any], rng: random.Random) -> None:
-        self.rng = rng
-        self.name = facts["instrument"]
-        self.instrument = rng.choice(INSTRUMENTS[facts["instrument"]].words)
-        self.adjective = rng.choice(_BEFORE_NOUN.get(self.name, (self.instrument,)))
-        self.kind = rng.choice(_KINDS.get(facts["kind"], (facts["kind"],)))
-        self.is_chorale = facts["kind"] == "chorale"
-        self.is_waltz = facts["kind"] == "waltz"
-        self.tempo = rng.choice(tempo_words(facts["tempo_bpm"]))
-        bpm = facts["tempo_bpm"]
-        self.bpm = rng.choice((f"{bpm:.0f} bpm", f"about {round(bpm / 5) * 5} bpm"))
-        self.metre = f"in {facts['metre']}" if facts["metre"] else ""
-        if facts["metre"] == "3/4" and rng.random() < 0.4 and self.is_waltz:
-            self.metre = "in waltz time"
-        self.metre_tag = self.metre.removeprefix("in ")
-        key = facts["key"] is not None and facts["mode"] is not None
-        self.key = rng.choice(key_names(facts["key"], facts["mode"])) if key else ""
-        self.mode = facts["mode"] or ""
-        words = _DYNAMICS[facts["dynamics"]]
-        self.dynamics = rng.choice(words) if words else ""
-
-    def often(self, words: str, chance: float) -> str:
-        return words if self.rng.random() < chance else ""
-
-    @property
-    def player(self) -> str:
-        """`a flute`, `strings`."""
-        return self.instrument if self.instrument in _PLURAL else article(self.instrument)
+# Which facts
 
 
-def article(words: str) -> str:
-    """`words` after `a` or `an`."""
-    return f"{'an' if words[0] in 'aeioAEIO' else 'a'} {words}"
+def _sayable(facts: Facts) -> set[str]:
+    names = {"instrument", "family", "kind", "tempo_bpm", "tempo_word", "dynamics"}
+    names |= {name for name in ("metre", "mode") if facts[name] is not None}
+    if facts["key"] is not None and facts["mode"] is not None:
+        names.add("key")
+    if mood_words(facts):
+        names.add("mood")
+    return names
 
 
-def _join(*words: str) -> str:
-    return " ".join(word for word in words if word)
+def _first_facts(facts: Facts, rng: random.Random) -> set[str]:
+    stated = {"instrument", "kind", "key", "tempo_bpm"} | _draw(_FIRST_EXTRAS, rng)
+    return stated & _sayable(facts)
 
 
-def _commas(*words: str) -> str:
-    return ", ".join(word for word in words if word)
+def _some_facts(facts: Facts, rng: random.Random) -> set[str]:
+    while True:
+        stated = _draw(_CHANCES, rng)
+        stated |= _either("instrument", _INSTRUMENT_CHANCE, "family", _FAMILY_CHANCE, rng)
+        stated |= _either("key", _KEY_CHANCE, "mode", _MODE_CHANCE, rng)
+        stated &= _sayable(facts)
+        if len(stated) > 1:
+            return stated
 
 
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]
+def _few_facts(facts: Facts, rng: random.Random) -> set[str]:
+    names = [name for name in _SHORT_WEIGHTS if name in _sayable(facts)]
+    stated = set(rng.choices(names, [_SHORT_WEIGHTS[name] for name in names], k=2))
+    for better, other in _ALTERNATIVES:
+        if better in stated:
+            stated.discard(other)
+    return stated
 
 
-def _sentence(w: _Words) -> str:
-    """`A slow hymn on a church organ in G minor`."""
-    key = f"in {w.key}" if w.key and w.rng.random() < 0.85 else ""
-    metre = w.often(w.metre, 0.4)
-    dynamics = w.often(w.dynamics, 0.7)
-    lead = _commas(dynamics, w.tempo) if w.rng.random() < 0.5 else _join(dynamics, w.tempo)
-    tail = w.rng.choice(("", "", f" at {w.bpm}", f", {w.bpm}"))
-    on = w.rng.choice(("on", "played on", "played by"))
-    if w.name == "choir":
-        on = w.rng.choice(("sung by", "for"))
-    elif w.name == "strings":
-        on = w.rng.choice(("played by", "for"))
-    form = w.rng.randrange(3)
-    if form == 0:
-        text = _join(article(_join(lead, w.kind)), metre, on, w.player, key)
-    elif form == 1:
-        text = _join(article(_join(lead, w.kind)), key, metre, on, w.player)
-    else:
-        solo = "" if w.is_chorale else w.often("solo", 0.6)
-        verb = "singing" if w.name == "choir" else "playing"
-        who = _join(solo, w.instrument)
-        who = who if w.instrument in _PLURAL or solo else article(who)
-        text = _join(who, verb, article(_join(lead, w.kind)), metre, key)
-    text += tail
-    return _capital(text) + "." if w.rng.random() < 0.4 else text
+def _draw(chances: dict[str, float], rng: random.Random) -> set[str]:
+    return {name for name, chance in chances.items() if rng.random() < chance}
 
 
-def _phrase(w: _Words) -> str:
-    """`gentle piano chorale, quiet, about 70 bpm`."""
-    solo = "" if w.is_chorale else w.often("solo ", 0.3)
-    head = _join(w.often(w.dynamics, 0.5), w.often(w.tempo, 0.7), solo + w.adjective, w.kind)
-    extras = [w.often(w.key, 0.6), w.often(w.metre, 0.3), w.often(w.bpm, 0.4)]
-    w.rng.shuffle(extras)
-    return _commas(head, *extras)
+def _either(name: str, chance: float, other: str, chance_other: float, rng: random.Random) -> set:
+    at = rng.random()
+    return {name} if at < chance else {other} if at < chance + chance_other else set()
 
 
-def _tags(w: _Words) -> str:
-    """`reel, violin, fast, A major`."""
-    tags = [
-        w.often(w.kind, 0.85),
-        w.instrument,
-        w.often(w.tempo, 0.8),
-        w.often(w.key, 0.6),
-        w.often(w.dynamics, 0.7),
-        w.often(w.metre_tag, 0.3),
-        w.often(w.bpm, 0.3),
-    ]
-    w.rng.shuffle(tags)
-    return _commas(*tags)
+# How
+
+_LONG = (
+    *((shapes.sentence, 5), (shapes.active, 4), (shapes.two_sentences, 3), (shapes.turned, 1)),
+    *((shapes.phrase, 6), (shapes.tags, 4), (shapes.labels, 1.5)),
+)
+_PLAIN = ((shapes.sentence, 3), (shapes.active, 1), (shapes.phrase, 3), (shapes.tags, 1))
+_SHORT = ((shapes.tags, 1), (shapes.phrase, 1))
 
 
-def _partial(w: _Words) -> str:
-    """Two or three facts; in half of these captions the instrument is not among them."""
-    music = w.rng.choice((w.kind, w.kind, "church music" if w.is_chorale else "music"))
-    if w.rng.random() < 0.5:
-        key = w.often(f"in {w.key}" if w.key else "", 0.6)
-        dynamics = w.often(w.dynamics, 0.4)
-        return _join(dynamics, w.tempo, music, key)
-    form = w.rng.randrange(4)
-    if form == 0:
-        return _join(w.adjective, music) if music.endswith("music") else w.instrument
-    if form == 1:
-        return _join(w.tempo, w.adjective, music)
-    if form == 2:
-        if w.key:
-            return _join(w.dynamics, w.instrument, f"in {w.key}")
-        return _join(w.dynamics, w.adjective, music)
-    if w.mode in ("major", "minor"):
-        return f"{w.instrument} in a {w.mode} key"
-    return _join(w.adjective, w.kind)
+def _write(
+    facts: Facts, stated: set[str], rng: random.Random, exact: bool = False, short: bool = False
+) -> Caption:
+    choices = _SHORT if short else _LONG if len(stated) > 2 else _PLAIN
+    (shape,) = rng.choices([shape for shape, _ in choices], [weight for _, weight in choices])
+    return Caption(shape(Words(facts, stated, rng, exact)), frozenset(stated))

@@ -17,24 +17,42 @@ class Instrument:
     """MIDI pitches between which the instrument sounds like itself."""
     words: tuple[str, ...]
     """What captions call it."""
+    family: str
+    """`keyboard`, `bowed strings`, `plucked strings`, `woodwind` or `voices`."""
 
     @property
     def centre(self) -> float:
         return (self.lowest + self.highest) / 2
 
 
+KEYBOARD, BOWED, PLUCKED = "keyboard", "bowed strings", "plucked strings"
 INSTRUMENTS: dict[str, Instrument] = {
     instrument.name: instrument
     for instrument in (
-        Instrument("church organ", 19, 36, 88, ("church organ", "organ", "pipe organ")),
-        Instrument("piano", 0, 36, 90, ("piano", "grand piano")),
-        Instrument("harpsichord", 6, 36, 86, ("harpsichord",)),
-        Instrument("strings", 48, 36, 88, ("strings", "string ensemble", "string orchestra")),
-        Instrument("choir", 52, 38, 82, ("choir", "voices", "choral voices")),
-        Instrument("flute", 73, 60, 92, ("flute",)),
-        Instrument("violin", 40, 55, 91, ("violin", "fiddle")),
+        Instrument("church organ", 19, 36, 88, ("church organ", "organ", "pipe organ"), KEYBOARD),
+        Instrument("piano", 0, 36, 90, ("piano", "grand piano"), KEYBOARD),
+        Instrument("harpsichord", 6, 36, 86, ("harpsichord",), KEYBOARD),
         Instrument(
-            "guitar", 24, 48, 80, ("nylon guitar", "classical guitar", "acoustic guitar", "guitar")
+            "strings", 48, 36, 88, ("strings", "string ensemble", "string orchestra"), BOWED
+        ),
+        Instrument("choir", 52, 38, 82, ("choir", "voices", "choral voices", "chorus"), "voices"),
+        Instrument("flute", 73, 60, 92, ("flute",), "woodwind"),
+        Instrument("violin", 40, 55, 91, ("violin", "fiddle"), BOWED),
+        Instrument(
+            "guitar",
+            24,
+            48,
+            80,
+            (
+                "guitar",
+                "guitar",
+                "nylon guitar",
+                "classical guitar",
+                "acoustic guitar",
+                "nylon-string guitar",
+                "Spanish guitar",
+            ),
+            PLUCKED,
         ),
     )
 }

@@ -1,10 +1,11 @@
 """Manifests: one JSON object a line, each a clip of audio with its captions.
 
     {"audio": "clips/000000.flac", "seconds": 10.0, "captions": ["slow hymn, organ"],
-     "split": "train", "piece": "bach/bwv10.7.mxl", "facts": {"instrument": "church organ"}}
+     "stated": [["instrument", "kind", "tempo_word"]], "split": "train",
+     "piece": "bach/bwv10.7.mxl", "facts": {"instrument": "church organ"}}
 
-`audio` is relative to the manifest. `facts` may hold anything; `split` is `train`,
-`validation` or `test`.
+`audio` is relative to the manifest. `facts` may hold anything; `split` is `train`, `validation` or
+`test`. `stated`, which may be left out, says for each caption which facts it states, out of STATABLE.
 """
 
 import json
@@ -16,6 +17,12 @@ from typing import Any
 from musiclm_engine.whole_file import whole_file
 
 SPLITS = ("train", "validation", "test")
+# What a caption may state. "key" is tonic and mode, "mode" the mode alone; "tempo_bpm" is a number,
+# "tempo_word" a word or phrase.
+STATABLE = (
+    *("instrument", "family", "kind", "key", "mode"),
+    *("tempo_bpm", "tempo_word", "metre", "dynamics", "mood"),
+)
 NUM_MISSING_NAMED = 5  # missing files an error lists before it only counts
 
 
@@ -34,6 +41,22 @@ class Clip:
     split: str
     piece: str
     facts: dict[str, Any] = field(default_factory=dict)
+    stated: tuple[frozenset[str], ...] = ()
+    """For each caption the facts it states, names out of STATABLE; empty where that is not known."""
+
+    def __post_init__(self) -> None:
+        if not self.stated:
+            object.__setattr__(self, "stated", (frozenset(),) * len(self.captions))
+        if len(self.stated) != len(self.captions):
+            raise ValueError(
+                f"stated has {len(self.stated)} entries for {len(self.captions)} captions, "
+                "want one for each"
+            )
+        for number, names in enumerate(self.stated):
+            for name in sorted(names - set(STATABLE)):
+                raise ValueError(
+                    f"stated[{number}] names {name!r}, which is not one of {', '.join(STATABLE)}"
+                )
 
 
 def load_manifest(path: str | Path, split: str | None = None) -> list[Clip]:
@@ -82,10 +105,10 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> Path:
                 "audio": audio.as_posix(),
                 "seconds": clip.seconds,
                 "captions": list(clip.captions),
-                "split": clip.split,
-                "piece": clip.piece,
-                "facts": clip.facts,
             }
+            if any(clip.stated):
+                row["stated"] = [[n for n in STATABLE if n in names] for names in clip.stated]
+            row |= {"split": clip.split, "piece": clip.piece, "facts": clip.facts}
             file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
     return path
 
@@ -116,11 +139,24 @@ def _parse(line: str, folder: Path, where: str) -> Clip:
         raise ManifestError(f"{where}: split {row['split']!r} is not one of {', '.join(SPLITS)}")
     if not isinstance(facts, dict):
         raise ManifestError(f"{where}: facts must be an object, found {type(facts).__name__}")
-    return Clip(
-        audio=folder / row["audio"],
-        seconds=float(seconds),
-        captions=tuple(captions),
-        split=row["split"],
-        piece=row["piece"],
-        facts=facts,
-    )
+    stated = row.get("stated", [[]] * len(captions))
+    is_lists = isinstance(stated, list) and all(isinstance(names, list) for names in stated)
+    if not is_lists or not stated:
+        raise ManifestError(
+            f"{where}: stated must be a list of lists, one for each caption, found {stated!r}"
+        )
+    for number, names in enumerate(stated):
+        if not all(isinstance(name, str) for name in names):
+            raise ManifestError(f"{where}: stated[{number}] must hold names, found {names!r}")
+    try:
+        return Clip(
+            audio=folder / row["audio"],
+            seconds=float(seconds),
+            captions=tuple(captions),
+            split=row["split"],
+            piece=row["piece"],
+            facts=facts,
+            stated=tuple(map(frozenset, stated)),
+        )
+    except ValueError as error:
+        raise ManifestError(f"{where}: {error}") from None

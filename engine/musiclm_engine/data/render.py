@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 
 from musiclm_engine.data.instruments import INSTRUMENTS
 
-SOUNDFONT_NAMES = ("MuseScore_General_Lite.sf3", "MuseScore_General.sf3", "FluidR3_GM.sf2")
-SOUNDFONT_FOLDERS = (
-    Path("/usr/share/sounds/sf3"),
-    Path("/usr/share/sounds/sf2"),
-    Path("/usr/share/soundfonts"),
-    Path("~/.cache/musiclm"),
-)
+BUNDLED_SOUNDFONT = Path(__file__).parent / "soundfonts" / "musescore_general_eight.sf3"
 SOUNDFONT_VARIABLE = "MUSICLM_SOUNDFONT"
 
 MEDIUM_RMS = 0.07  # full scale 1: leaves 5 dB for loud clips and 12 dB for their peaks
@@ -42,9 +36,9 @@ class SoundNote(NamedTuple):
 
 
 def find_soundfont(path: str | Path | None = None) -> Path:
-    """The General MIDI soundfont to use: `path`, else $MUSICLM_SOUNDFONT, else the usual places.
+    """The soundfont to use: `path`, else $MUSICLM_SOUNDFONT, else the bundled one.
 
-    Raises FileNotFoundError with the command that installs one.
+    Raises FileNotFoundError when the one that is named is not there.
     """
     for source, given in (
         ("", path),
@@ -55,16 +49,7 @@ def find_soundfont(path: str | Path | None = None) -> Path:
             if not found.is_file():
                 raise FileNotFoundError(f"{source}no soundfont at {found}")
             return found.absolute()
-    for name in SOUNDFONT_NAMES:
-        for folder in SOUNDFONT_FOLDERS:
-            found = folder.expanduser() / name
-            if found.is_file():
-                return found
-    raise FileNotFoundError(
-        "no General MIDI soundfont found. Install one with\n"
-        "  apt-get install musescore-general-soundfont-small\n"
-        "or name one: --soundfont PATH, or the environment variable " + SOUNDFONT_VARIABLE
-    )
+    return BUNDLED_SOUNDFONT
 
 
 def import_tinysoundfont() -> Any:
@@ -143,7 +128,13 @@ class Renderer:
         synth = self._synth
         synth.soundfonts[self._font].reset()  # fades what still sounds; the fade must not be heard
         synth.generate_simple(round(FADE_S * self.sample_rate_hz))
-        synth.program_select(0, self._font, 0, INSTRUMENTS[instrument].program)
+        program = INSTRUMENTS[instrument].program
+        try:
+            synth.program_select(0, self._font, 0, program)
+        except RuntimeError:
+            raise ValueError(
+                f"the soundfont has no {instrument}, program {program} of bank 0"
+            ) from None
         num_samples = round(seconds * self.sample_rate_hz)
         # At one instant, notes end before notes begin: a repeated pitch must sound again.
         events: list[tuple[int, int, int, int]] = []

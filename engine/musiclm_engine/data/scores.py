@@ -40,6 +40,20 @@ _TITLE_KIND = re.compile(
     r"\b(reel|hornpipe|jig|slip jig|strathspey|clog|waltz|march|minuet|polka|gavotte)\W*$",
     re.IGNORECASE,
 )
+# What a title says wherever it stands, when neither of the above says more.
+_TITLE_WORDS = {
+    re.compile(pattern, re.IGNORECASE): kind
+    for pattern, kind in (
+        (r"\bquick ?step\b", "quickstep"),
+        (r"\bstrathsy\b", "strathspey"),
+        (r"\blament(ation)?\b", "lament"),
+        (r"^planxty\b", "planxty"),
+        (r"\bmarch\b", "march"),
+        (r"\bair\W*$", "air"),
+        (r"^\W*allemand[ae]\b", "allemande"),
+        (r"\blullaby\b", "lullaby"),
+    )
+}
 _KEY = re.compile(r"^([A-G])([#b]?)\s*([A-Za-z]*)$")
 _MODES = {
     "": "major",
@@ -96,6 +110,11 @@ class Piece:
         return max(n.onset_quarters + n.duration_quarters for part in self.parts for n in part)
 
     @property
+    def origin(self) -> str | None:
+        """`Irish` for the tunes of O'Neill's Music of Ireland; the other books mix their sources."""
+        return "Irish" if self.id.startswith("oneills1850/") else None
+
+    @property
     def is_chorale(self) -> bool:
         return self.kind == "chorale"
 
@@ -135,12 +154,14 @@ def tonic_name(pitch_class: int, mode: str) -> str:
 
 
 def kind_of(rhythm: str | None, title: str) -> str:
-    """What to call a tune: its rhythm field, else the dance its title ends with, else `folk tune`."""
+    """What to call a tune: its rhythm field, else what its title says it is, else `folk tune`."""
     known = _KINDS.get((rhythm or "").strip().lower())
     if known is not None:
         return known
     match = _TITLE_KIND.search(title)
-    return match.group(1).lower() if match else "folk tune"
+    if match:
+        return match.group(1).lower()
+    return next((kind for word, kind in _TITLE_WORDS.items() if word.search(title)), "folk tune")
 
 
 def _piece(row: dict[str, Any]) -> Piece:

@@ -1,77 +1,215 @@
-"""A model judged on captions of pieces that no part of it was trained on."""
+"""A model judged on pieces that no part of it was trained on.
 
-from collections.abc import Callable
+Whatever takes time is kept in a folder under what it depends on: candidates under the model, seed and
+caption, judgements under the audio that was judged. The same command therefore goes on where it was cut
+short, and a model that has changed starts afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from musiclm_engine.audio import load_audio
-from musiclm_engine.data.manifest import load_manifest
-from musiclm_engine.evaluation.evaluate import JudgedClip, Judges, evaluate_clips
+from musiclm_engine.data.manifest import Clip, load_manifest
+from musiclm_engine.evaluation.agreement import check_facts, stated_facts
+from musiclm_engine.evaluation.bench import Bench, Progress
+from musiclm_engine.evaluation.candidates import (
+    NUM_CANDIDATES,
+    PROMPTS_PER_BATCH,
+    make_candidates,
+)
+from musiclm_engine.evaluation.clip_tokens import clips_to_continue, semantic_tokens
+from musiclm_engine.evaluation.codec_judgement import judge_codec
+from musiclm_engine.evaluation.evaluate import compare_judgements
+from musiclm_engine.evaluation.frechet import frechet_distance
+from musiclm_engine.evaluation.judges import JUDGES_VERSION, Judgement, Judges
+from musiclm_engine.evaluation.memorisation import (
+    CONTINUED_SECONDS,
+    judge_memorisation,
+    share_found_anywhere,
+)
+from musiclm_engine.evaluation.work_folder import WorkFolder, file_sha256
 from musiclm_engine.musiclm import MusicLM
 
-PROMPTS_PER_BATCH = 8
-CANDIDATES = 4
-
-Progress = Callable[[str, int, int], None]
+CODEC_CLIPS = 48
+CONTINUED_CLIPS = 200  # 19,900 pairs, so that a share of 1 in 10,000 can be told
 
 
 def evaluate_held_out(
     model: MusicLM,
     manifest: Path,
     *,
+    model_sha256: str,
     clips: int,
     seed: int,
+    work: Path,
+    part: tuple[int, int] = (1, 1),
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Generate from test captions as `musiclm generate` would, and judge the best candidates.
+) -> dict[str, Any] | None:
+    """Generate from test captions as `musiclm generate` would, and judge what comes of it.
 
-    Each caption is its clip's first, which tells most. The ceiling is the same clips' own audio.
+    Each caption is its clip's first. The ceiling is the same clips' own audio. What a caption does
+    not state is not judged; where a manifest does not say what captions state, each is taken to state
+    all of its clip's facts.
 
     Args:
         model: to judge.
-        manifest: with a test split.
+        manifest: with all three splits.
+        model_sha256: `musiclm.fingerprint` of the model.
         clips: how many captions.
-        seed: of their choice and of generation.
+        seed: of their choice and of all that is drawn.
+        work: folder of what is kept.
+        part: (k, n) generates and judges the k-th of n parts of the captions, for processes side by
+            side; the figures come from a call without it.
+        on_progress: called with (what, done, of how many).
 
     Returns:
-        see `evaluate_clips`; plus the captions and "mulan_similarity" of prompt and audio.
-    """
-    judges = Judges()  # first, because a missing package should not cost the generation
-    held_out = load_manifest(manifest, "test")
-    if len(held_out) < clips:
-        raise ValueError(f"clips is {clips}, {manifest} has {len(held_out)} in its test split")
-    order = np.random.default_rng(seed).permutation(len(held_out))[:clips]
-    chosen = [held_out[index] for index in order]
-    prompts = [clip.captions[0] for clip in chosen]
+        None for a part. Otherwise what `json.dumps` takes: what `compare_judgements` gives, the
+        "captions", "facts_are_stated", "mulan_similarity" of first and of any candidate, "frechet"
+        (see `_frechet`), "codec" (`judge_codec`) and "memorisation" (see `_memorisation`).
 
-    generated, similarity = [], []
-    for start in range(0, clips, PROMPTS_PER_BATCH):
-        some = prompts[start : start + PROMPTS_PER_BATCH]
-        result = model.generate(
-            some, seconds=chosen[0].seconds, num_samples=CANDIDATES, seed=seed + start
-        )
-        similarity += result.scores[:, 0].tolist()
-        for own, clip in zip(result.audio, chosen[start:], strict=False):
-            generated.append(JudgedClip(own[0].cpu().numpy(), result.sample_rate, clip.facts))
-        if on_progress is not None:
-            on_progress("generated", len(generated), clips)
-    truth = [
-        JudgedClip(load_audio(clip.audio, model.sample_rate).numpy(), model.sample_rate, clip.facts)
+    Raises:
+        ValueError: fewer clips in the test split, a part that does not exist, facts that the judges
+            do not know.
+        ModuleNotFoundError: a judge's package is missing.
+    """
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part is {part[0]}/{part[1]}, wanted k/n with k from 1 to n")
+    judges = Judges()  # first, because a missing package should not cost the generation
+    splits = {split: load_manifest(manifest, split) for split in ("train", "validation", "test")}
+    test, validation = splits["test"], splits["validation"]
+    if len(test) < clips:
+        raise ValueError(f"clips is {clips}, {manifest} has {len(test)} in its test split")
+    order = np.random.default_rng(seed).permutation(len(test))
+    chosen = [test[index] for index in order[:clips]]
+    others = [test[index] for index in order[clips:]] + validation
+    facts_are_stated = any(any(clip.stated) for clip in test)
+    facts = [
+        stated_facts(clip.facts, clip.stated[0] if facts_are_stated else clip.facts)
         for clip in chosen
     ]
-    figures = evaluate_clips(
-        generated,
-        truth,
-        seed=seed,
-        judge=judges,
-        progress=None
-        if on_progress is None
-        else lambda done, total: on_progress("judged", done, total),
+    for caption in facts:
+        check_facts(caption)
+
+    bench = Bench(
+        model, model_sha256, judges, WorkFolder(work), on_progress or (lambda what, done, of: None)
     )
+    batches = range(0, clips, PROMPTS_PER_BATCH)[part[0] - 1 :: part[1]]
+    own = [i for first in batches for i in range(first, min(first + PROMPTS_PER_BATCH, clips))]
+    made = make_candidates(bench, chosen, own, seed=seed)
+    judged = bench.judge("judged", [path for caption in made for path in caption.files])
+    truth = bench.judge("true clips", [chosen[i].audio for i in own])
+    if part[1] > 1:
+        return None
+
+    candidates = [judged[i : i + NUM_CANDIDATES] for i in range(0, len(judged), NUM_CANDIDATES)]
+    similarity = np.array([caption.similarity for caption in made])
+    return {
+        **compare_judgements(candidates, truth, facts, seed=seed),
+        "captions": [clip.captions[0] for clip in chosen],
+        "facts_are_stated": facts_are_stated,
+        "mulan_similarity": {
+            "best": float(similarity[:, 0].mean()),
+            "any": float(similarity.mean()),
+        },
+        "frechet": _frechet(bench, [own[0] for own in candidates], truth, chosen, others),
+        "codec": _codec(bench, chosen[:CODEC_CLIPS]),
+        "memorisation": _memorisation(
+            bench,
+            splits["train"],
+            validation + test,
+            np.concatenate([caption.semantic for caption in made]),
+            manifest_sha256=file_sha256(manifest),
+            seed=seed,
+        ),
+    }
+
+
+def _frechet(
+    bench: Bench,
+    best: Sequence[Judgement],
+    truth: Sequence[Judgement],
+    clips: Sequence[Clip],
+    others: Sequence[Clip],
+) -> dict[str, Any]:
+    """Distances of three heaps of equally many clips to one of other real, held-out clips.
+
+    Returns:
+        "generated" of the first candidates; "codec" of the captions' own clips, through the codec at
+        the levels that generation uses; "real" of those clips as they are; "ratio", generated over
+        codec; and the sizes "num_clips", "num_others", "num_patches", "num_patches_of_others".
+    """
+    reference = bench.embed("other clips", others)
+    rebuilt = bench.embed("rebuilt", clips, levels=bench.codec_levels)
+    generated = np.concatenate([clip.embedding for clip in best])
+    distances = {
+        "generated": frechet_distance(generated, reference),
+        "codec": frechet_distance(rebuilt, reference),
+        "real": frechet_distance(np.concatenate([clip.embedding for clip in truth]), reference),
+    }
+    return {
+        **distances,
+        "ratio": distances["generated"] / distances["codec"],
+        "codec_levels": bench.codec_levels,
+        "num_clips": len(clips),
+        "num_others": len(others),
+        "num_patches": len(generated),
+        "num_patches_of_others": len(reference),
+    }
+
+
+def _codec(bench: Bench, clips: Sequence[Clip]) -> dict[str, Any]:
+    """`judge_codec` at every level there is."""
+    codec = bench.model.audiolm.codec
+    return bench.work.kept(
+        "codec",
+        JUDGES_VERSION,
+        bench.model_sha256,
+        *(file_sha256(clip.audio) for clip in clips),
+        compute=lambda: judge_codec(
+            codec,
+            clips,
+            range(1, codec.num_quantizers + 1),
+            judges=bench.judges,
+            on_progress=partial(bench.progress, "codec"),
+        ),
+    )
+
+
+def _memorisation(
+    bench: Bench,
+    trained: Sequence[Clip],
+    held_out: Sequence[Clip],
+    generated: np.ndarray,
+    *,
+    manifest_sha256: str,
+    seed: int,
+) -> dict[str, Any]:
+    """`judge_memorisation`, and of the generated clips' first seconds "found_anywhere", the share
+    that stand as they are in any of the training clips."""
+    tokens = semantic_tokens(bench, trained, manifest_sha256=manifest_sha256)
+    figures = bench.work.kept(
+        "memorisation",
+        bench.model_sha256,
+        manifest_sha256,
+        CONTINUED_CLIPS,
+        seed,
+        compute=lambda: judge_memorisation(
+            bench.model,
+            clips_to_continue(bench, trained, count=CONTINUED_CLIPS, seed=seed),
+            clips_to_continue(bench, held_out, count=CONTINUED_CLIPS, seed=seed),
+            seed=seed,
+        ),
+    )
+    tokenizer = bench.model.tokenizer
+    length = round(CONTINUED_SECONDS * tokenizer.sample_rate_hz / tokenizer.hop_length)
     return {
         **figures,
-        "captions": prompts,
-        "mulan_similarity": float(np.mean(similarity)),
+        "found_anywhere": share_found_anywhere(generated[:, :length], tokens.numpy()),
+        "num_generated": len(generated),
+        "num_searched": len(tokens),
     }

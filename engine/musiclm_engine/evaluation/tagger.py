@@ -38,18 +38,28 @@ MTT_TAGS = (
 
 @dataclass(frozen=True)
 class Tagging:
-    """Means over a clip's 3 s patches: tag probabilities [50], and the layer before them [200]."""
+    """What the network makes of a clip.
+
+    Attributes:
+        probabilities: [50] of the tags, means over the clip's 3 s patches.
+        embedding: [patches, 200], the layer before the tags.
+    """
 
     probabilities: np.ndarray
-    penultimate: np.ndarray
+    embedding: np.ndarray
 
     def log_odds(self, tag: str) -> float:
         """log p/(1-p) of one of `MTT_TAGS`. Raises ValueError for another tag."""
         if tag not in MTT_TAGS:
             raise ValueError(f"{tag!r} is not one of musicnn's tags: {', '.join(MTT_TAGS)}")
-        p = float(self.probabilities[MTT_TAGS.index(tag)])
-        p = min(max(p, 1e-7), 1 - 1e-7)  # a float32 sigmoid may round to 0 or 1
-        return float(np.log(p / (1 - p)))
+        return float(self.all_log_odds[MTT_TAGS.index(tag)])
+
+    @property
+    def all_log_odds(self) -> np.ndarray:
+        """log p/(1-p) [50], in the order of `MTT_TAGS`."""
+        # A float32 sigmoid may round to 0 or 1.
+        p = np.clip(self.probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+        return np.log(p / (1 - p))
 
 
 class MusicTagger:
@@ -81,7 +91,7 @@ class MusicTagger:
         patches = log_mel[: num_patches * PATCH_FRAMES].reshape(num_patches, PATCH_FRAMES, NUM_MELS)
         with torch.inference_mode():
             logits, penultimate = self._network(torch.from_numpy(patches.astype(np.float32)))
-        return Tagging(logits.sigmoid().mean(0).numpy(), penultimate.mean(0).numpy())
+        return Tagging(logits.sigmoid().mean(0).numpy(), penultimate.numpy())
 
 
 class Musicnn(nn.Module):

@@ -25,6 +25,7 @@ from musiclm_engine.mulan.lengths import checked_lengths
 from musiclm_engine.mulan.text_tower import TextTransformer
 from musiclm_engine.mulan.tokenizer import PAD_ID, encode_captions
 from musiclm_engine.mulan.windows import num_windows, window_batches
+from musiclm_engine.mulan.words import words as words_of
 from musiclm_kernels import contrastive_loss
 
 
@@ -48,6 +49,8 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss_layers: how many, at even distances in either tower; None is
             one less than the depth of the shallower one, which is the most.
         window_seconds, stride_seconds: `embed_audio` averages over windows of longer audio.
+        words: of the captions it is trained on (`words.vocabulary`), by which `unseen_words` goes;
+            none if that is not known.
 
     Raises:
         ValueError: a tokenizer with more tokens than the text tower, a padding id other than 0, a
@@ -72,6 +75,7 @@ class MuLaN(nn.Module):
         hierarchical_contrastive_loss_layers: int | None = None,
         window_seconds: float = 10.0,
         stride_seconds: float = 1.0,
+        words: Sequence[str] = (),
     ):
         super().__init__()
         if tokenizer.get_vocab_size() > text_transformer.num_tokens:
@@ -93,6 +97,7 @@ class MuLaN(nn.Module):
         self.dim_latent = dim_latent
         self.window_seconds = window_seconds
         self.stride_seconds = stride_seconds
+        self.words = list(words)
         self.window_samples = round(window_seconds * rate_hz)
         self.stride_samples = round(stride_seconds * rate_hz)
         self.decoupled_contrastive_learning = decoupled_contrastive_learning
@@ -139,6 +144,7 @@ class MuLaN(nn.Module):
             "hierarchical_contrastive_loss_layers": self.hierarchical_contrastive_loss_layers,
             "window_seconds": self.window_seconds,
             "stride_seconds": self.stride_seconds,
+            "words": self.words,
         }
 
     @classmethod
@@ -177,6 +183,22 @@ class MuLaN(nn.Module):
             ValueError: fewer or more texts than clips, a single pair and no other process, an empty
                 text, audio or lengths that the tower refuses, a chunk size below 1.
         """
+        return self.contrast_with_embeddings(audio, texts, lengths=lengths, chunk_size=chunk_size)[
+            0
+        ]
+
+    def contrast_with_embeddings(
+        self,
+        audio: Tensor,
+        texts: Sequence[str],
+        *,
+        lengths: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`'s loss, and the embeddings that it compares: of audio and texts, (B, dim_latent).
+
+        For losses of one's own beside the contrast. All arguments and errors as in `forward`.
+        """
         alone = not is_distributed()
         least = 2 if alone else 1
         if audio.ndim != 2 or len(texts) != len(audio) or len(audio) < least:
@@ -199,13 +221,14 @@ class MuLaN(nn.Module):
         biases = [contrast.bias.flatten() for contrast in contrasts if contrast.bias is not None]
         # One call for all layers: with several processes each pair's latents are sent once.
         loss = contrastive_loss if alone else distributed_contrastive_loss
-        return loss(
+        contrast = loss(
             audio_latents.transpose(0, 1),
             text_latents.transpose(0, 1),
             torch.cat([contrast() for contrast in contrasts]),
             kind=self._kind,
             bias=torch.cat(biases) if biases else None,
         ).sum()
+        return contrast, audio_latents[:, 0], text_latents[:, 0]
 
     def embed_audio(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Audio (B, time) -> l2-normalised embeddings (B, dim_latent).
@@ -257,6 +280,14 @@ class MuLaN(nn.Module):
         """
         return self.embed_audio(audio, lengths) @ self.embed_text(texts).T
 
+    def unseen_words(self, text: str) -> list[str]:
+        """Words of a text that were in no caption it was trained on, as far as that is known.
+
+        It embeds them all the same, as the pieces of words it knows: to what, nobody can say.
+        """
+        known = {*self.words}
+        return [word for word in dict.fromkeys(words_of(text)) if known and word not in known]
+
     @property
     def temperature(self) -> float:
         """The factor on the cosines in the last layer's loss, in [1, 100]."""
@@ -270,7 +301,7 @@ class MuLaN(nn.Module):
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         ids = encode_captions(self.tokenizer, texts, self.text.max_seq_len)
-        return ids.to(self.text.token_emb.weight.device)
+        return ids.to(self.text.token_emb.weight.device, non_blocking=True)
 
     def _audio_latents(self, audio: Tensor, lengths: Tensor | None) -> Tensor:
         return self._project(self.audio_to_latents, self.audio(audio, lengths=lengths))

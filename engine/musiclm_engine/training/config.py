@@ -5,8 +5,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-TRAINED = ("codec", "tokenizer", "mulan", "quantizer", "semantic", "coarse", "fine")  # in order
-SCHEDULE = {  # the fields of `loop.Schedule`
+TRAINED = (  # in order
+    "codec",
+    "semantic_encoder",
+    "tokenizer",
+    "mulan",
+    "quantizer",
+    "semantic",
+    "coarse",
+    "fine",
+)
+OPTIONAL = {"semantic_encoder"}  # of a set: trained where the configuration has its table
+SCHEDULE = {  # the fields of `schedule.Schedule` but minutes, which are a share of the whole's
     "steps",
     "learning_rate",
     "warmup",
@@ -16,13 +26,14 @@ SCHEDULE = {  # the fields of `loop.Schedule`
     "save_every_seconds",
     "precision",
 }
-STAGE = SCHEDULE | {"batch_size", "crop_seconds", "text_share", "model", "sampling"}
+LOOP = SCHEDULE | {"share", "compile", "batch_size", "crop_seconds"}
+STAGE = LOOP | {"text_share", "model", "sampling"}
 ENTRIES = {
-    "codec": SCHEDULE | {"domain", "batch_size", "crop_seconds", "model"},
+    "codec": LOOP | {"domain", "model", "adversary"},
+    "semantic_encoder": LOOP - {"compile"} | {"kind", "model"},
     "tokenizer": {"clips", "model"},
-    "mulan": SCHEDULE
-    | {"batch_size", "crop_seconds", "vocab_size", "audio", "text", "dim_latent"}
-    | {"chunk_size"},
+    "mulan": LOOP - {"compile"}
+    | {"vocab_size", "audio", "text", "dim_latent", "chunk_size", "facts"},
     "quantizer": {"model"},
     "semantic": STAGE,
     "coarse": STAGE | {"num_coarse_quantizers"},
@@ -37,9 +48,27 @@ class ConfigError(ValueError):
 def load_config(name: str) -> dict[str, Any]:
     """Read a configuration: a bundled one by its name ("tiny"), or a path to a .toml file.
 
+    One that says `extends = NAME` has all entries of that one but those that it gives itself, so
+    that an architecture is said once: an entry of a table takes the place of the whole entry there.
+
     Raises:
         ConfigError: there is no such file, or it is broken.
     """
+    path, config = _read(name)
+    base = config.pop("extends", None)
+    if base is None:
+        return config
+    if not isinstance(base, str):
+        raise ConfigError(f"{path} has extends = {base!r}, wanted the name of a configuration")
+    # A file beside this one, or a bundled configuration.
+    base_path, whole = _read(str(path.parent / base) if base.endswith(".toml") else base)
+    if "extends" in whole:
+        raise ConfigError(f"{path} extends {base_path}, wanted one that extends no other")
+    tables = {key: whole.get(key, {}) | config[key] for key in config.keys() - {"seed"}}
+    return whole | config | tables
+
+
+def _read(name: str) -> tuple[Any, dict[str, Any]]:
     bundled = resources.files("musiclm_engine") / "training" / "configs"
     path = Path(name) if name.endswith(".toml") else bundled / f"{name}.toml"
     try:
@@ -51,18 +80,18 @@ def load_config(name: str) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    unknown = config.keys() - {*TRAINED, "seed"}
+    unknown = config.keys() - {*TRAINED, "seed", "extends"}
     if unknown:
         raise ConfigError(
-            f"{path} has unknown entries: {', '.join(sorted(unknown))}; wanted seed, "
+            f"{path} has unknown entries: {', '.join(sorted(unknown))}; wanted seed, extends, "
             + ", ".join(TRAINED)
         )
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"{path} has seed = {seed!r}, wanted a whole number from 0 up")
-    for model in config.keys() - {"seed"}:
+    for model in config.keys() - {"seed", "extends"}:
         _check_table(path, model, config[model])
-    return config
+    return path, config
 
 
 def _check_table(path: Any, name: str, settings: Any) -> None:
@@ -74,6 +103,9 @@ def _check_table(path: Any, name: str, settings: Any) -> None:
             f"[{name}] of {path} has unknown entries: {', '.join(sorted(unknown))}; wanted "
             + ", ".join(sorted(ENTRIES[name]))
         )
+    share = settings.get("share", 0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ConfigError(f"[{name}] of {path} has share = {share!r}, wanted a number from 0 to 1")
 
 
 class Table(dict[str, Any]):

@@ -17,57 +17,27 @@ from musiclm_engine.checkpoint import (
     save_model,
     write_tensors,
 )
+from musiclm_engine.training.learner import Learner, descend
+from musiclm_engine.training.schedule import Schedule
 
 Losses = dict[str, Tensor]
 
-PRECISIONS = ("fp32", "bf16")
 CHECKPOINT = "checkpoint.safetensors"
+READ_EVERY = 10  # steps: reading a figure waits for all that a GPU has been given to do
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast.
+@dataclass
+class Adversary:
+    """What learns to tell what the model makes from the real thing.
 
     Attributes:
-        steps: in all.
-        learning_rate: at its plateau, after `warmup` steps and before the last quarter of all
-            steps, over which it falls to nothing.
-        warmup: steps of linear rise.
-        weight_decay: of AdamW, on matrices.
-        clip: largest norm of a gradient.
-        validate_every: steps.
-        save_every_seconds: of training.
-        precision: "fp32", or "bf16" for matrix products rounded to bfloat16 (autocast).
+        model: trained beside the recipe's, on the losses of the same steps, and held by the
+            checkpoint, but not by the model that is saved.
+        rate: its learning rate, in those of the schedule.
     """
 
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    validate_every: int = 250
-    save_every_seconds: float = 120.0
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "validate_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
-        for name in ("learning_rate", "warmup", "weight_decay", "clip", "save_every_seconds"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}, wanted a number from 0 up")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision is {self.precision!r}, wanted one of {', '.join(PRECISIONS)}"
-            )
-
-    def rate(self, step: int) -> float:
-        cooldown = max(1, self.steps // 4)
-        return self.learning_rate * min(
-            1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / cooldown
-        )
+    model: nn.Module
+    rate: float = 1.0
 
 
 @dataclass
@@ -78,12 +48,16 @@ class Recipe:
         model: with `config`, so that it can be saved.
         losses: the losses of step n in training mode, "loss" the one to descend. Batches are a
             function of the step's number, so a resumed run sees what an uninterrupted one would.
+            In a step with an "adversary_loss" too the adversary descends that: both losses come of
+            the same weights, "loss" moves the model alone and "adversary_loss" the adversary alone.
         validation: figures of the model in evaluation mode.
+        adversary: of the model, if it has one.
     """
 
     model: nn.Module
     losses: Callable[[int], Losses]
     validation: Callable[[], dict[str, float]]
+    adversary: Adversary | None = None
 
 
 def fit(
@@ -95,9 +69,10 @@ def fit(
     device: torch.device,
     minutes: float | None = None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train from where run_dir stands to schedule.steps, yielding (steps done, figures) each step.
+    """Train from where run_dir stands to the schedule's end, yielding (steps done, figures).
 
-    run_dir gets checkpoint.safetensors, which is all that resuming reads; model.safetensors and
+    Figures are "train/progress" at every step, and on a GPU the others at every tenth and where
+    something is validated or saved. run_dir gets checkpoint.safetensors, which is all that resuming reads; model.safetensors and
     model.json, for others to load; and TensorBoard's event files.
 
     Args:
@@ -108,90 +83,110 @@ def fit(
             was.
     """
     model = recipe.model.to(device)
-    optimizer = torch.optim.AdamW(_groups(model, schedule), betas=(0.9, 0.95))
-    done = _resume(model, optimizer, run_dir)
+    learners = [Learner(model, schedule)]
+    if recipe.adversary is not None:
+        opponent = recipe.adversary.model.to(device).train()
+        learners.append(
+            Learner(
+                opponent,
+                schedule,
+                prefix="adversary_",
+                betas=(0.5, 0.9),  # MelGAN's (arXiv 1910.06711): its task changes as it learns
+                rate=recipe.adversary.rate,
+            )
+        )
+    done, seconds_before = _resume(learners, run_dir)
     writer = _summary_writer(run_dir, done)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16")
     started = saved = time.monotonic()
+    seconds = seconds_before
+    unread: dict[str, Tensor] = {}  # losses and norms of gradients, none of which may be infinite
     out_of_time = False
     with closing(writer):
-        while done < schedule.steps and not out_of_time:
+        while schedule.progress(done, seconds) < 1 and not out_of_time:
             torch.manual_seed(seed * 1_000_003 + done)
             model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(done)
             with autocast:
                 losses = recipe.losses(done)
-            if not torch.isfinite(losses["loss"]):
-                raise FloatingPointError(f"the loss of step {done} is {losses['loss'].item()}")
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-            if not torch.isfinite(norm):  # a step would spoil every weight, and then be saved
-                raise FloatingPointError(f"the gradient of step {done} is {norm.item()}")
-            optimizer.step()
+            learning = [learner for learner in learners if learner.loss_name in losses]
+            norms = descend(learning, losses, rate=schedule.rate(done, seconds), clip=schedule.clip)
+            for learner in learning:
+                loss, norm = losses[learner.loss_name].detach(), norms[learner.norm_name]
+                unread[f"the {learner.loss_name} of step {done}"] = loss
+                unread[f"the {learner.prefix}gradient of step {done}"] = norm
             done += 1
-            figures = {f"train/{name}": loss.item() for name, loss in losses.items()}
-            figures["train/gradient_norm"] = norm.item()
-            out_of_time = minutes is not None and time.monotonic() - started > 60 * minutes
-            last = done == schedule.steps or out_of_time
-            if done % schedule.validate_every == 0 or last:
+            now = time.monotonic()
+            seconds = seconds_before + now - started
+            figures = {"train/progress": min(1.0, schedule.progress(done, seconds))}
+            out_of_time = minutes is not None and now - started > 60 * minutes
+            last = figures["train/progress"] == 1 or out_of_time
+            validates = done % schedule.validate_every == 0 or last
+            saves = now - saved > schedule.save_every_seconds or last
+            if device.type == "cpu" or done % READ_EVERY == 0 or validates or saves:
+                _refuse_divergence(unread)
+                unread.clear()
+                figures |= {f"train/{name}": x.item() for name, x in (losses | norms).items()}
+            if validates:
                 model.eval()
                 with torch.no_grad(), autocast:
                     for name, figure in recipe.validation().items():
                         figures[f"validation/{name}"] = figure
             for name, figure in figures.items():
                 writer.add_scalar(name, figure, done)
-            if last or time.monotonic() - saved > schedule.save_every_seconds:
-                _save(model, optimizer, run_dir, done)
+            if saves:
+                _save(learners, run_dir, done, seconds)
                 saved = time.monotonic()
             yield done, figures
 
 
-def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def _refuse_divergence(unread: dict[str, Tensor]) -> None:
+    """Before anything is saved: one step that is not finite spoils every weight."""
+    for what, found in zip(unread, torch.stack(list(unread.values())).tolist(), strict=True):
+        if not math.isfinite(found):
+            raise FloatingPointError(f"{what} is {found}")
 
 
-def _save(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path, done: int) -> None:
+def _save(learners: list[Learner], run_dir: Path, done: int, seconds: float) -> None:
     # One file, so that weights, moments and step cannot come from different moments.
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    write_tensors(run_dir / CHECKPOINT, tensors | {"steps": torch.tensor(done)})
-    save_model(model, run_dir / "model")
+    tensors = {
+        "steps": torch.tensor(done),
+        "seconds": torch.tensor(seconds, dtype=torch.float64),
+    }
+    for learner in learners:
+        tensors |= learner.tensors()
+    write_tensors(run_dir / CHECKPOINT, tensors)
+    # Rounded as it will be bundled: what is trained on its output sees what will run.
+    save_model(learners[0].model, run_dir / "model", dtype=torch.float16)
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, run_dir: Path) -> int:
-    """Take up the checkpoint in run_dir, if there is one: the number of steps it has seen."""
+def _resume(learners: list[Learner], run_dir: Path) -> tuple[int, float]:
+    """Take up the checkpoint in run_dir, if there is one: the steps and seconds it has seen."""
     path = run_dir / CHECKPOINT
     if not path.exists():
-        return 0
-    weights: dict[str, Tensor] = {}
-    moments: dict[int, dict[str, Tensor]] = {}
+        return 0, 0.0
     tensors = read_tensors(path)
     if "steps" not in tensors:
         raise CheckpointError(f"{path} is no checkpoint of a training: it has no steps")
     steps = int(tensors.pop("steps"))
+    seconds = float(tensors.pop("seconds", 0.0))
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind == "model":
-            weights[name] = value
-        else:
-            index, _, name = name.partition("/")
-            moments.setdefault(int(index), {})[name] = value
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = value
     try:
-        model.load_state_dict(weights)
+        for learner in learners:
+            weights = parts.pop(f"{learner.prefix}model", {})
+            moments = parts.pop(f"{learner.prefix}optimizer", {})
+            if weights or learner is learners[0]:  # an adversary may come in later
+                learner.load(weights, moments)
+        if parts:
+            raise RuntimeError(f"it holds {', '.join(parts)} too")
     except RuntimeError as error:
         raise CheckpointError(
             f"{run_dir} holds another model than the config describes; "
             f"train it elsewhere or remove that folder: {error}"
         ) from None
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    return steps
+    return steps, seconds
 
 
 def _summary_writer(run_dir: Path, done: int) -> Any:

@@ -1,6 +1,6 @@
 """All clips as tokens, made once: the stages never see audio in training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musiclm_engine.audiolm import SemanticTokenizer
+from musiclm_engine.audiolm.clustered import ClusteredTokens
 from musiclm_engine.checkpoint import read_tensors, write_tensors
 from musiclm_engine.codec import Codec
-from musiclm_engine.data.manifest import Clip
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
-from musiclm_engine.training.clips import load_crop
 
-CLIPS_PER_BATCH = 8
+CAPTIONS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,18 @@ class TokenCache:
     first_caption: Tensor
 
     @classmethod
-    def load(cls, path: Path) -> "TokenCache":
-        return cls(**read_tensors(path))
+    def load(cls, path: Path, device: torch.device | None = None) -> "TokenCache":
+        return cls(**{name: value.to(device) for name, value in read_tensors(path).items()})
+
+    @classmethod
+    def joined(cls, parts: "list[TokenCache]") -> "TokenCache":
+        """The clips of all parts, one after another."""
+        rows = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("semantic", "acoustic", "audio_conditioning", "text_conditioning")
+        }
+        counts = torch.cat([part.first_caption.diff() for part in parts])
+        return cls(**rows, first_caption=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
     def save(self, path: Path) -> None:
         write_tensors(path, vars(self))
@@ -63,56 +71,65 @@ class TokenCache:
         longest = min(self.semantic.shape[1], self.acoustic.shape[1] // stride)
         if not 1 <= frames // stride <= longest:
             raise ValueError(f"a crop is {frames} frames, wanted {stride} to {longest * stride}")
-        latest = longest - frames // stride
         random = np.random.default_rng((seed, step))
-        conditioning, semantic, acoustic = [], [], []
-        for clip in random.integers(len(self.semantic), size=size):
-            start = int(random.integers(latest + 1))
-            semantic.append(self.semantic[clip, start : start + frames // stride])
-            acoustic.append(self.acoustic[clip, start * stride : start * stride + frames])
-            first, last = self.first_caption[clip : clip + 2].tolist()
-            caption = int(random.integers(first, last))
-            from_text = random.random() < text_share
-            conditioning.append(
-                self.text_conditioning[caption] if from_text else self.audio_conditioning[clip]
-            )
+        drawn = [
+            random.integers(len(self.semantic), size=size),
+            random.integers(longest - frames // stride + 1, size=size),
+            random.integers(2**32, size=size),
+            random.random(size) < text_share,
+        ]
+        device = self.semantic.device  # one small copy there, which a GPU need not wait for
+        clip, start, draw, from_text = torch.from_numpy(np.stack(drawn)).to(
+            device, non_blocking=True
+        )
+        first, last = self.first_caption[clip], self.first_caption[clip + 1]
+        conditioning = torch.where(
+            from_text.bool()[:, None],
+            self.text_conditioning[first + draw % (last - first)],
+            self.audio_conditioning[clip],
+        )
+        moments = start[:, None] + torch.arange(frames // stride, device=device)
+        acoustic = start[:, None] * stride + torch.arange(frames, device=device)
         return (
-            torch.stack(conditioning).long(),
-            torch.stack(semantic).long(),
-            torch.stack(acoustic).long(),
+            conditioning.long(),
+            self.semantic[clip[:, None], moments].long(),
+            self.acoustic[clip[:, None], acoustic].long(),
         )
 
 
 @torch.inference_mode()
 def tokenize_clips(
-    clips: list[Clip],
+    audio: Iterable[Tensor],
+    captions: list[tuple[str, ...]],
     *,
     codec: Codec,
-    tokenizer: SemanticTokenizer,
+    tokenizer: ClusteredTokens,
     mulan: MuLaN,
     quantizer: MuLaNEmbedQuantizer,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenCache:
-    """Run everything that makes tokens over clips; the shortest clip sets the length of all."""
-    seconds = min(clip.seconds for clip in clips)
-    device = quantizer.codebooks.device
+    """Run everything that makes tokens over clips.
+
+    Args:
+        audio: [B, samples] of some clips after others, all equally long, where the models are.
+        captions: of each clip.
+        on_progress: called with how many clips are done, of how many.
+    """
     semantic, acoustic, conditioning = [], [], []
-    for start in range(0, len(clips), CLIPS_PER_BATCH):
-        some = clips[start : start + CLIPS_PER_BATCH]
-        audio = torch.stack(
-            [load_crop(clip, 0.0, seconds, codec.sample_rate_hz) for clip in some]
-        ).to(device)
-        acoustic.append(codec.encode(audio).to("cpu", torch.int16))
-        semantic.append(tokenizer.encode(audio).to("cpu", torch.int16))
-        conditioning.append(quantizer.encode(mulan.embed_audio(audio)).to("cpu", torch.int16))
+    done = 0
+    for some in audio:
+        acoustic.append(codec.encode(some).to("cpu", torch.int16))
+        semantic.append(tokenizer.encode(some).to("cpu", torch.int16))
+        conditioning.append(quantizer.encode(mulan.embed_audio(some)).to("cpu", torch.int16))
+        done += len(some)
         if on_progress is not None:
-            on_progress(min(start + CLIPS_PER_BATCH, len(clips)), len(clips))
-    captions = [caption for clip in clips for caption in clip.captions]
+            on_progress(done, len(captions))
+    texts = [caption for of_clip in captions for caption in of_clip]
     text = [
-        quantizer.encode(mulan.embed_text(captions[i : i + 256])).to("cpu", torch.int16)
-        for i in range(0, len(captions), 256)
+        quantizer.encode(mulan.embed_text(texts[i : i + CAPTIONS_AT_A_TIME])).to("cpu", torch.int16)
+        for i in range(0, len(texts), CAPTIONS_AT_A_TIME)
     ]
-    counts = torch.tensor([0] + [len(clip.captions) for clip in clips])
+    counts = torch.tensor([0] + [len(of_clip) for of_clip in captions])
     return TokenCache(
         semantic=torch.cat(semantic),
         acoustic=torch.cat(acoustic),
