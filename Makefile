@@ -15,7 +15,7 @@ MUSICLM := $(BIN)/musiclm
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := constraints.txt pyproject.toml setup.py
 
-.PHONY: help demo test bench budgets train-tiny eval clean
+.PHONY: help demo listen test bench budgets train-tiny eval clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -25,6 +25,9 @@ help:  ## Show this list.
 demo: $(VENV)/plot.stamp  ## Ten seconds of organ from the bundled model: hymn.wav, hymn.png.
 	$(MUSICLM) generate "a slow hymn on a church organ in G minor" \
 		--seconds 10 --num-samples 4 --out hymn.wav --spectrogram
+
+listen: $(VENV)/plot.stamp  ## The page of clips anew, from the bundled model: docs/listen.md.
+	$(BIN)/python docs/listen/make.py
 
 test: $(VENV)/test.stamp  ## Lint, formatting, types, tests: what CI runs.
 	$(BIN)/ruff check

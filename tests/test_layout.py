@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "kmeans": set(),
     "quantize": {"kmeans"},
     "whole_file": set(),
+    "doubts": set(),
     "info": {"musiclm"},
     "codec": LEAVES,
     "mulan": LEAVES,
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "evaluation.held_out": {"audio", "checkpoint", "data", "musiclm"},
     "evaluation.memorisation": {"generation", "musiclm"},
     # A command takes what it needs; nothing takes the commands.
-    "cli": LEAVES | {"data", "training", "evaluation", "musiclm", "output", "info"},
+    "cli": LEAVES | {"data", "training", "evaluation", "musiclm", "output", "info", "doubts"},
 }
 
 

@@ -26,11 +26,16 @@ class Configured(Protocol):
     def from_config(cls, config: dict[str, Any]) -> Self: ...
 
 
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write value as JSON; the file is either whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        unfinished.write_text(json_text(value))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -69,6 +69,7 @@ def generate(
     Example: musiclm generate "a slow hymn on a church organ in G minor" --out hymn.wav
     """
     with _told_plainly():
+        from musiclm_engine.doubts import doubt_of_similarity, doubt_of_words
         from musiclm_engine.output import (
             Request,
             check_output,
@@ -110,13 +111,15 @@ def generate(
         if repeat is not None:
             check_same_model(repeat, model_sha256)
         musiclm = MusicLM.from_pretrained(request.model, device=device)
+        doubts = []
+
+        def tell(doubt: str | None) -> None:
+            if doubt is not None:
+                typer.echo(doubt, err=True)
+                doubts.append(doubt)
+
         for prompt in request.prompts:
-            if unseen := musiclm.mulan.unseen_words(prompt):
-                typer.echo(
-                    f"The model has heard no music called {', '.join(unseen)}: it will make the "
-                    f"nearest to {prompt!r} that it knows.",
-                    err=True,
-                )
+            tell(doubt_of_words(prompt, musiclm.mulan.unseen_words(prompt)))
         started = time.perf_counter()
         with _progress_bars() as show:
             result = musiclm.generate(
@@ -129,8 +132,16 @@ def generate(
                 **request.settings,
             )
         elapsed = time.perf_counter() - started
+        for prompt, best in zip(request.prompts, result.scores[:, 0].tolist(), strict=True):
+            tell(doubt_of_similarity(prompt, best, musiclm.usual_similarity))
         written = write_outputs(
-            result, request, out, spectrogram=spectrogram, model_sha256=model_sha256
+            result,
+            request,
+            out,
+            spectrogram=spectrogram,
+            model_sha256=model_sha256,
+            usual_similarity=musiclm.usual_similarity,
+            doubts=doubts,
         )
         for path, score in written:
             note = "" if score is None else f"  MuLaN similarity {score:.3f}"
@@ -196,10 +207,12 @@ def train(
     with _told_plainly():
         from musiclm_engine.musiclm import check_device
         from musiclm_engine.training.bundle import bundle_run
-        from musiclm_engine.training.run import Limits
+        from musiclm_engine.training.run import Limits, checked_config
         from musiclm_engine.training.run import train as train_models
 
         _set_threads(threads)
+        checked_config(model, config)  # before anything is rendered
+        on_device = check_device(device)
         with _progress_bars() as show:
 
             def report(what: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -213,8 +226,12 @@ def train(
                 show(what, done, total)
 
             if hours is not None and not manifest.exists():
-                from musiclm_engine.data.build import build_corpus
+                from musiclm_engine.data.build import MANIFEST_NAME, build_corpus
 
+                if manifest.name != MANIFEST_NAME:
+                    raise ValueError(
+                        f"there is no {manifest}, and --hours renders a {MANIFEST_NAME}"
+                    )
                 clips_done = partial(show, "clips")
                 build_corpus(manifest.parent, hours=hours, on_progress=clips_done)
             done = train_models(
@@ -222,7 +239,7 @@ def train(
                 config=config,
                 manifest=manifest,
                 run_dir=run_dir,
-                device=check_device(device),
+                device=on_device,
                 limits=Limits(minutes, None if stop_after is None else began + 60 * stop_after),
                 parcel=parcel,
                 report=report,
@@ -276,6 +293,14 @@ def evaluate(
         typer.Option(help="K/N: the K-th of N parts of the captions, for processes side by side."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Write into the model's folder which MuLaN similarity is usual: generate then "
+            "says when a prompt stays below.",
+        ),
+    ] = False,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = DECODE_THREADS,
@@ -289,8 +314,15 @@ def evaluate(
         from musiclm_engine.checkpoint import write_json
         from musiclm_engine.evaluation.held_out import evaluate_held_out
         from musiclm_engine.evaluation.report import markdown_table
-        from musiclm_engine.musiclm import MusicLM, fingerprint, model_folder
+        from musiclm_engine.musiclm import (
+            MusicLM,
+            fingerprint,
+            model_folder,
+            write_usual_similarity,
+        )
 
+        if calibrate and part is not None:
+            raise ValueError("--calibrate needs all captions: leave out --part")
         own_part = (1, 1) if part is None else _parse_part(part)
         _set_threads(threads)
         model_sha256 = fingerprint(model_folder(model))
@@ -311,6 +343,8 @@ def evaluate(
             return
         if out is not None:
             write_json(out, figures)
+        if calibrate:
+            write_usual_similarity(model_folder(model), figures["mulan_similarity"]["usual"])
         typer.echo(markdown_table(figures))
 
 

@@ -1,6 +1,7 @@
 """MusicLM: text in, music out, the candidates ranked by MuLaN (arXiv 2301.11325)."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from musiclm_engine.audiolm.clustered import ClusteredTokens
-from musiclm_engine.checkpoint import CheckpointError, read_json, save_model, write_json
+from musiclm_engine.checkpoint import CheckpointError, json_text, read_json, save_model, write_json
 from musiclm_engine.components import load_component
 from musiclm_engine.generation import (
     AudioLM,
@@ -28,6 +29,7 @@ from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
 
 STAGES = tuple(field.name for field in fields(StageSampling))
 DESCRIPTION = "musiclm.json"  # names a folder's format and holds what no part knows
+USUAL_SIMILARITY = "usual_similarity"  # in it, once it was measured
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,12 @@ class MusicLM(nn.Module):
             audio does.
         audiolm: stages and codec.
         sampling: settings of the stages where a caller names none.
+        usual_similarity: what the best candidate of 19 in 20 held-out captions scores at least
+            (`musiclm eval --calibrate`); None where that was not measured.
 
     Raises:
-        ValueError: the parts do not speak the same tokens, or not at the same sample rate.
+        ValueError: the parts do not speak the same tokens, or not at the same sample rate;
+            usual_similarity is no cosine.
     """
 
     def __init__(
@@ -73,14 +78,18 @@ class MusicLM(nn.Module):
         tokenizer: ClusteredTokens,
         audiolm: AudioLM,
         sampling: StageSampling,
+        usual_similarity: float | None = None,
     ) -> None:
         super().__init__()
         _refuse_strangers(mulan, quantizer, tokenizer, audiolm)
+        if usual_similarity is not None:
+            _refuse_what_is_no_cosine(usual_similarity)
         self.mulan = mulan
         self.quantizer = quantizer
         self.tokenizer = tokenizer
         self.audiolm = audiolm
         self.sampling = sampling
+        self.usual_similarity = usual_similarity
 
     @property
     def sample_rate(self) -> int:
@@ -108,6 +117,9 @@ class MusicLM(nn.Module):
             sampling = StageSampling(
                 **{stage: Sampling(**description["sampling"][stage]) for stage in STAGES}
             )
+            usual_similarity = description.get(USUAL_SIMILARITY)
+            if usual_similarity is not None:
+                _refuse_what_is_no_cosine(usual_similarity)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is not understood: {error!r}") from None
         parts = {
@@ -127,6 +139,7 @@ class MusicLM(nn.Module):
                     **{stage: parts[stage] for stage in STAGES},
                 ),
                 sampling=sampling,
+                usual_similarity=usual_similarity,
             )
         except ValueError as error:
             raise CheckpointError(f"{folder} holds parts of several models: {error}") from None
@@ -151,10 +164,13 @@ class MusicLM(nn.Module):
         }
         for name, part in parts.items():
             save_model(part, folder / name, dtype=dtype)
-        write_json(
-            folder / DESCRIPTION,
-            {"windows": asdict(self.audiolm.windows), "sampling": asdict(self.sampling)},
-        )
+        description: dict[str, Any] = {
+            "windows": asdict(self.audiolm.windows),
+            "sampling": asdict(self.sampling),
+        }
+        if self.usual_similarity is not None:
+            description[USUAL_SIMILARITY] = self.usual_similarity
+        write_json(folder / DESCRIPTION, description)
 
     @torch.inference_mode()
     def generate(
@@ -287,11 +303,40 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model's files, which decide with a request what is generated."""
+    """SHA-256 of a model's files, which decide with a request what is generated.
+
+    The usual similarity decides nothing: with and without it, a model is the same.
+    """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode() + path.read_bytes())
+        content = path.read_bytes()
+        if path.name == DESCRIPTION and USUAL_SIMILARITY.encode() in content:
+            description = read_json(path)
+            description.pop(USUAL_SIMILARITY, None)
+            content = json_text(description).encode()
+        digest.update(path.name.encode() + content)
     return digest.hexdigest()
+
+
+def write_usual_similarity(folder: Path, similarity: float) -> None:
+    """Put into a model's folder what the best candidates of its held-out captions score.
+
+    Args:
+        folder: as `save_pretrained` wrote it.
+        similarity: see `MusicLM`.
+
+    Raises:
+        CheckpointError: there is no model.
+        ValueError: similarity is no cosine.
+    """
+    _refuse_what_is_no_cosine(similarity)
+    path = folder / DESCRIPTION
+    write_json(path, read_json(path) | {USUAL_SIMILARITY: similarity})
+
+
+def _refuse_what_is_no_cosine(similarity: float) -> None:
+    if isinstance(similarity, bool) or not (math.isfinite(similarity) and abs(similarity) <= 1):
+        raise ValueError(f"usual_similarity is {similarity!r}, wanted a number from -1 to 1")
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a generation leaves on disk: candidates as audio, a spectrogram, and how to make it again."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from musiclm_engine.musiclm import MusicLMOutput
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
+DOTS_PER_INCH = 100
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def write_outputs(
     *,
     spectrogram: bool,
     model_sha256: str,
+    usual_similarity: float | None = None,
+    doubts: Sequence[str] = (),
 ) -> list[tuple[Path, float | None]]:
     """Write every candidate, then the record, then the picture.
 
@@ -105,6 +109,8 @@ def write_outputs(
 
     Args:
         model_sha256: `musiclm.fingerprint` of the weights, for the record.
+        usual_similarity: `MusicLM.usual_similarity`, for the record.
+        doubts: what was said of the prompts, for the record.
 
     Returns:
         each path, with the score of the candidate if it is one.
@@ -126,6 +132,8 @@ def write_outputs(
             "request": asdict(request),
             "model_sha256": model_sha256,
             "candidates": candidates,
+            "usual_similarity": usual_similarity,
+            "doubts": list(doubts),
             "versions": _versions(),
         },
     )
@@ -137,10 +145,18 @@ def write_outputs(
     return written
 
 
-def draw_spectrogram(audio: "Tensor", sample_rate_hz: int, path: Path, title: str) -> None:
+def draw_spectrogram(
+    audio: "Tensor",
+    sample_rate_hz: int,
+    path: Path,
+    title: str,
+    *,
+    size_pixels: tuple[int, int] = (1000, 400),
+) -> None:
     """Draw audio [samples] as a picture of decibels over time and frequency."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    width, height = (pixels / DOTS_PER_INCH for pixels in size_pixels)
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
     axes.specgram(
         audio.cpu().numpy() + 1e-7,
         NFFT=1024,
@@ -153,7 +169,7 @@ def draw_spectrogram(audio: "Tensor", sample_rate_hz: int, path: Path, title: st
     axes.set_title(title, parse_math=False)  # a prompt with two dollars is no formula
     try:
         with whole_file(path) as unfinished:
-            figure.savefig(unfinished, dpi=100)
+            figure.savefig(unfinished, dpi=DOTS_PER_INCH)
     finally:
         pyplot.close(figure)
 

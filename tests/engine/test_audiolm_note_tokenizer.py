@@ -113,6 +113,32 @@ def test_saved_and_loaded_it_is_the_same(trained, played, tmp_path):
     assert torch.equal(trained.encode(played[0][1:]), trained.encode(played[0])[1:])
 
 
+def test_tokens_survive_half_precision_and_a_second_saving(trained, played, tmp_path):
+    """As in a set of models: rounded once, fitted, then tokenized with, and bundled at last."""
+    stems = [tmp_path / name for name in ("encoder", "tokenizer", "bundled")]
+    classes = {"NoteTokenizer": NoteTokenizer}
+    save_model(trained, stems[0], dtype=torch.float16)
+    fitted = load_model(stems[0], classes)
+    fitted.fit(fitted.features(played[0]).flatten(0, 1), seed=0)
+    model = fitted
+    for stem in stems[1:]:
+        save_model(model, stem, dtype=torch.float16)
+        model = load_model(stem, classes)
+        assert torch.equal(model.features(played[0]), fitted.features(played[0]))
+        assert torch.equal(model.encode(played[0]), fitted.encode(played[0]))
+
+
+def test_tokens_are_the_same_under_autocast(trained, played):
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = trained.encode(0.3 * played[0])
+    assert torch.equal(narrow, trained.encode(0.3 * played[0]))
+
+
+def test_more_components_than_features_are_refused_before_training():
+    with pytest.raises(ValueError, match="num_components is 200, wanted 1 to 182"):
+        NoteTokenizer(**SMALL | {"num_components": 200})
+
+
 def test_not_fitted_is_refused(model):
     with pytest.raises(RuntimeError, match="not fitted"):
         model.encode(torch.zeros(1, 640))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from musiclm_engine import audio, output
 from musiclm_engine.cli import app
-from musiclm_engine.musiclm import MusicLM
+from musiclm_engine.musiclm import MusicLM, write_usual_similarity
 
 HYMN = "slow a hymn on church organ"
 SHORT = ("--seconds", "0.2", "--num-samples", "2", "--threads", "1")
@@ -83,6 +83,32 @@ def test_candidates_record_and_what_is_said(generate, tiny_folder, tmp_path):
         torch.testing.assert_close(
             torch.from_numpy(samples), made.audio[0, n], rtol=0, atol=2 / 32768
         )
+
+
+def test_a_low_similarity_is_said_and_recorded(tiny_folder, tmp_path):
+    """Between the best scores of two prompts: the one below is doubted, the other is not."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    prompts = (HYMN, "quick a jig on flute")
+    out = tmp_path / "two.wav"
+    asked = ("generate", *prompts, *SHORT, "--model", folder, "--out", out)
+    plain = musiclm(*asked)
+    done(plain)
+    assert "similarity" not in plain.stderr
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["usual_similarity"] is None and record["doubts"] == []
+    best = [candidate["mulan_similarity"] for candidate in record["candidates"][::2]]
+    low, high = sorted(zip(best, prompts, strict=True))
+    assert low[0] < high[0]
+    write_usual_similarity(folder, high[0])
+    told = musiclm(*asked)
+    done(told)
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["usual_similarity"] == high[0]
+    (doubt,) = record["doubts"]
+    assert f"for {low[1]!r} has a MuLaN similarity of {low[0]:.3f};" in doubt
+    assert f"95 % reach {high[0]:.3f}: this may not be what you asked for." in doubt
+    assert doubt in told.stderr.splitlines() and repr(high[1]) not in told.stderr
 
 
 def test_several_prompts_and_another_format(generate, tmp_path):
@@ -328,6 +354,8 @@ def test_train_all_stops_goes_on_and_bundles(tiny_config, tiny_corpus, tmp_path)
     told = musiclm("generate", f"Polyphonic zydeco, {HYMN}", *asked)
     done(told)
     assert "no music called polyphonic, zydeco: it will make the nearest" in told.stderr
+    (doubt,) = json.loads((tmp_path / "hymn.json").read_text())["doubts"]
+    assert doubt in told.stderr.splitlines()
     refused(musiclm("unpack", tmp_path / "parcel", here), "holds a run already")
     refused(musiclm("unpack", tmp_path, tmp_path / "new"), "holds no parcel")
 
@@ -351,6 +379,9 @@ def test_train_renders_what_is_not_there(tiny_config, tmp_path):
         (("codec", "--device", "abacus"), ["abacus"]),
         (("mulan", "--manifest", "empty.jsonl"), ["empty.jsonl: no clips"]),
         (("fine",), ["has no codec yet: run `musiclm train codec`"]),
+        (("all", "--hours", "0.005", "--config", "huge"), ["no configuration huge"]),
+        (("all", "--hours", "0.005", "--device", "abacus"), ["abacus"]),
+        (("all", "--hours", "0.005", "--manifest", "own.jsonl"), ["there is no own.jsonl"]),
     ],
 )
 def test_training_that_cannot_start_says_why(tmp_path, monkeypatch, arguments, words):

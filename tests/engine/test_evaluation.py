@@ -91,6 +91,24 @@ def test_a_planted_effect_is_found() -> None:
         assert row["share_of_truth"] == pytest.approx(row["best"] / row["truth"])
 
 
+def test_what_chance_meets_does_not_count_above_chance() -> None:
+    rng = np.random.default_rng(10)
+    facts = [random_facts(rng) | {"mode": rng.choice(["major", "minor"])} for _ in range(400)]
+    truth = [heard(rng, f, strength=0.6) for f in facts]
+    for strength in (0.0, 0.3, 0.6):
+        clips = [[heard(rng, f, strength)] for f in facts]
+        for name, row in compare(clips, truth, facts, permutations=200).items():
+            if name in ("instrument", "key_exact", "mode", "tempo_accuracy1", "combined"):
+                assert row["above_chance"] == pytest.approx(strength / 0.6, abs=0.2), name
+                wanted = (row["best"] - row["shuffled"]) / (row["truth"] - row["shuffled"])
+                assert row["above_chance"] == pytest.approx(wanted, abs=0.1), name
+        if not strength:  # "62 % of the true renderings" would be nothing to be proud of
+            assert compare(clips, truth, facts, permutations=2)["mode"]["share_of_truth"] > 0.5
+    deaf = compare([[j] for j in truth], [heard(rng, {**facts[0]})] * 400, facts, permutations=2)
+    assert deaf["key_exact"]["above_chance"] is None  # where the ceiling is the floor
+    assert deaf["audibly_notes"]["above_chance"] is None
+
+
 def test_best_of_four_beats_any_only_where_the_choice_looks_at_the_music() -> None:
     rng = np.random.default_rng(3)
     facts = [random_facts(rng) for _ in range(80)]
@@ -176,7 +194,7 @@ def test_what_is_not_stated_has_no_column() -> None:
     row = nothing["measures"]["instrument"]
     assert row["num_judged"] == 0 and row["best"] is None and row["p_followed"] is None
     table = attributes_table(json.loads(json.dumps(nothing)), facts_are_stated=True)
-    assert "| – | – | – | – | – | – | – | 0 |" in table
+    assert "| – | – | – | – | – | – | – | – | 0 |" in table
 
 
 def test_combined_is_the_mean_over_what_is_stated() -> None:

@@ -1,6 +1,7 @@
 """A whole evaluation with a tiny model and stand-in judges: what is kept, redone and refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -20,6 +21,7 @@ from musiclm_engine.evaluation.judges import Judgement
 from musiclm_engine.evaluation.notes import NoteActivity, NotePosteriors
 from musiclm_engine.evaluation.report import markdown_table
 from musiclm_engine.evaluation.tagger import Tagging
+from musiclm_engine.musiclm import MusicLM
 
 pytest.importorskip("scipy")
 CLIPS = 10  # two batches of prompts
@@ -65,7 +67,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(clip_tokens, "CLIPS_PER_FILE", 2)
     for module in (held_out, memorisation):
         monkeypatch.setattr(module, "CONTINUED_SECONDS", 0.2)
-    monkeypatch.setattr(memorisation, "PROMPT_SECONDS", (0.0, 0.2))
+        monkeypatch.setattr(module, "PROMPT_SECONDS", (0.0, 0.2))
     StandIn.judged = 0
 
 
@@ -184,7 +186,7 @@ def test_all_figures_are_there_and_in_the_report(tiny_musiclm, manifest, tmp_pat
     assert known["num_generated"] == 4 * CLIPS and len(known["rows"]) == 4
     assert figures["mulan_similarity"]["best"] >= figures["mulan_similarity"]["any"]
     report = markdown_table(figures)
-    for words in ("best of 4", "| codec levels |", "Fréchet distance to 5 other", "Memorisation"):
+    for words in ("best of 4", "| codec levels |", "Fréchet distance to 5 real", "Memorisation"):
         assert words in report
 
 
@@ -225,6 +227,31 @@ def test_the_command_prints_and_writes_the_figures(tiny_folder, manifest, tmp_pa
     ):
         refused = musiclm(*arguments)
         assert refused.exit_code == 1 and message in refused.stderr
+
+
+def test_calibration_writes_what_is_usual_into_the_folder(tiny_folder, manifest, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+
+    def calibrate(*arguments: object):
+        words = ["eval", "--model", folder, "--manifest", manifest, "--work", tmp_path / "work"]
+        words += ["--clips", 3, "--calibrate", *arguments]
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    refused = calibrate("--part", "1/2")
+    assert refused.exit_code == 1 and "leave out --part" in refused.stderr
+    result = calibrate("--out", tmp_path / "figures.json")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(p.read_text()) for p in (tmp_path / "work" / "candidates").glob("*.json")]
+    assert len(records) == 3
+    worst, middle, _ = sorted(record["similarity"][0] for record in records)
+    usual = MusicLM.from_pretrained(folder).usual_similarity
+    assert usual == pytest.approx(worst + 0.1 * (middle - worst))  # a twentieth of two steps
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["mulan_similarity"]["usual"] == usual
+    again = calibrate()
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert len([*(tmp_path / "work" / "candidates").glob("*.json")]) == 3  # it is the same model
 
 
 def test_the_command_for_codecs_alone(tiny_folder, manifest, tmp_path, monkeypatch) -> None:
@@ -268,6 +295,63 @@ def test_facts_that_the_judges_do_not_know_cost_no_generation(
     with pytest.raises(ValueError, match="got 'kazoo'"):
         run(tiny_musiclm, write_manifest(strange, clips), tmp_path / "work")
     assert not generated
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"piece": "one"}, "no clips of other pieces to compare 10 test clips with"),
+        ({"seconds": 0.3}, r"has clips of 0.3 s, wanted 0.4 s or more"),
+    ],
+)
+def test_what_would_fail_in_the_end_costs_no_generation(
+    tiny_musiclm, manifest, generated, tmp_path, changes, message
+) -> None:
+    clips = [replace(c, **changes) for c in load_manifest(manifest)]
+    with pytest.raises(ValueError, match=message):
+        run(tiny_musiclm, write_manifest(tmp_path / "manifest.jsonl", clips), tmp_path / "work")
+    assert not generated
+
+
+def test_clips_of_several_lengths_are_judged_to_the_end(tiny_musiclm, tones, tmp_path) -> None:
+    """And files that end a little before their manifest says."""
+    clips = []
+    for n, split in enumerate(["train"] * 4 + ["validation"] * 3 + ["test"] * 3):
+        path, seconds = tmp_path / f"{n}.wav", (0.4, 0.6)[n % 2]
+        audio = tones(seconds, 200.0 + 30 * n)
+        save_audio(path, audio[: len(audio) - 50 * (n % 3)], 16_000)
+        clips.append(Clip(path, seconds, (f"tune {n}",), split, f"piece {n}", FACTS))
+    manifest = write_manifest(tmp_path / "manifest.jsonl", clips)
+    figures = run(tiny_musiclm, manifest, tmp_path / "work", clips=3)
+    assert figures["memorisation"]["num_generated"] == 12
+    assert figures["memorisation"]["num_searched"] == 4
+
+
+def test_the_distance_is_to_clips_of_other_pieces(tiny_musiclm, manifest, tmp_path) -> None:
+    """Another rendering of a caption's own piece would lie nearer than music of its kind."""
+    clips = [replace(c, piece="one") if c.split == "test" else c for c in load_manifest(manifest)]
+    figures = run(
+        tiny_musiclm, write_manifest(tmp_path / "manifest.jsonl", clips), tmp_path / "work", clips=3
+    )
+    assert figures["frechet"]["num_others"] == 3  # those to validate
+
+
+def test_music_that_training_knows_under_another_name_is_left_out(
+    tiny_musiclm, manifest, tmp_path
+) -> None:
+    tune = [[0.3 * n, 0.3, 60 + n * n % 11] for n in range(20)]
+    higher_and_faster = [[0.2 * n, 0.2, 65 + n * n % 11] for n in range(20)]
+    clips = load_manifest(manifest)
+    clips[0] = replace(clips[0], facts=FACTS | {"notes": tune})
+    clips[-1] = replace(clips[-1], facts=FACTS | {"notes": higher_and_faster})
+    known = write_manifest(tmp_path / "manifest.jsonl", clips)
+    figures = run(tiny_musiclm, known, tmp_path / "work")
+    assert figures["num_known_left_out"] == 1
+    assert clips[-1].captions[0] not in figures["captions"]
+    assert figures["frechet"]["num_others"] == 4
+    assert "Left out: 1 held-out clips" in markdown_table(figures)
+    with pytest.raises(ValueError, match="has 11 in its test split of music that is not in train"):
+        run(tiny_musiclm, known, tmp_path / "work", clips=12)
 
 
 def test_what_is_judged_is_what_lies_on_disk(tiny_musiclm, manifest, tmp_path) -> None:

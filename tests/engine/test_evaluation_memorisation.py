@@ -72,6 +72,7 @@ def test_found_anywhere_means_whole_in_one_clip_at_any_offset() -> None:
         [[0, 1, 2], [17, 18, 19], [45, 46, 47], [19, 20, 21], [1, 0, 2], [1023, 1023, 1023]]
     )
     assert share_found_anywhere(generated, trained) == 0.5  # 19, 20, 21 lie in two clips
+    assert share_found_anywhere([np.array([3, 4]), np.array([5, 6, 8])], trained) == 0.5
     assert (
         share_found_anywhere(np.array([[0x0112, 0x0334]]), np.array([[0x0101, 0x1203, 0x3400]]))
         == 0

@@ -12,7 +12,13 @@ import torch
 from musiclm_engine import MuLaNEmbedQuantizer, MusicLM, SemanticTokenizer
 from musiclm_engine.checkpoint import CheckpointError, save_model
 from musiclm_engine.generation import Decoding, Sampling, StageSampling
-from musiclm_engine.musiclm import available_bytes, check_device, merge_settings
+from musiclm_engine.musiclm import (
+    available_bytes,
+    check_device,
+    fingerprint,
+    merge_settings,
+    write_usual_similarity,
+)
 
 HYMN, JIG = "slow a hymn on church organ", "quick a jig on flute"
 GOLDEN = Path(__file__).parent / "golden" / "musiclm.json"
@@ -311,6 +317,10 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         {"sampling": {}},
         {"sampling": {"semantic": {"heat": 1}, "coarse": {}, "fine": {}}},
         {"sampling": {"semantic": {"temperature": -1}, "coarse": {}, "fine": {}}},
+        {"usual_similarity": 1.5},
+        {"usual_similarity": float("nan")},
+        {"usual_similarity": "high"},
+        {"usual_similarity": True},
     ],
 )
 def test_settings_that_make_no_sense_are_named(copy, change):
@@ -318,6 +328,28 @@ def test_settings_that_make_no_sense_are_named(copy, change):
     (copy / "musiclm.json").write_text(json.dumps(description | change))
     with pytest.raises(CheckpointError, match="musiclm.json is not understood"):
         MusicLM.from_pretrained(copy)
+
+
+def test_a_usual_similarity_is_kept_and_makes_no_other_model(tiny_folder, copy, tmp_path):
+    assert MusicLM.from_pretrained(copy).usual_similarity is None
+    before = fingerprint(copy)
+    write_usual_similarity(copy, 0.25)
+    model = MusicLM.from_pretrained(copy)
+    assert model.usual_similarity == 0.25
+    write_usual_similarity(copy, 0.5)
+    assert fingerprint(copy) == before == fingerprint(tiny_folder)
+    model.save_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert MusicLM.from_pretrained(tmp_path / "again").usual_similarity == 0.25
+    assert fingerprint(tmp_path / "again") == before
+    for wrong in (2.0, float("nan"), True):
+        with pytest.raises(ValueError, match=f"usual_similarity is {wrong}, wanted a number"):
+            write_usual_similarity(copy, wrong)
+    with pytest.raises(CheckpointError, match="musiclm.json is missing"):
+        write_usual_similarity(tmp_path / "nowhere", 0.5)
+    description = json.loads((copy / "musiclm.json").read_text())
+    description["sampling"]["fine"]["temperature"] = 0.3
+    (copy / "musiclm.json").write_text(json.dumps(description))
+    assert fingerprint(copy) != before
 
 
 def test_parts_of_two_models_are_refused(tiny_musiclm, copy):

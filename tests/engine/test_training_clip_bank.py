@@ -1,6 +1,7 @@
 """The bank of clips: what is read at random is what the files hold."""
 
 import os
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from musiclm_engine.audio import AudioFileError, load_audio, save_audio
 from musiclm_engine.data.manifest import Clip
-from musiclm_engine.training.clip_bank import open_bank
+from musiclm_engine.training.clip_bank import ClipBank, open_bank
+from musiclm_engine.training.fitted import whole_clips
 
 
 def clip(path):
@@ -44,6 +46,16 @@ def test_crops_end_where_their_clip_ends(clips, tmp_path):
     assert torch.equal(crops[0, :1000], load_audio(clips[0].audio, 16000)[7000:])
     for row, length in enumerate((1000, 3200, 100)):
         assert crops[row, :length].any() and not crops[row, length:].any()
+
+
+@pytest.mark.parametrize("seconds, at_a_time", [(1, 8), (10, 8), (11, 7), (39, 2), (600, 1)])
+def test_long_clips_are_taken_fewer_at_a_time(seconds, at_a_time):
+    rate = 100
+    lengths = [seconds * rate, 601 * rate] * 4
+    first = torch.tensor([0, *accumulate(lengths)])
+    bank = ClipBank(torch.zeros(sum(lengths), dtype=torch.int16), first, lengths, rate)
+    sizes = [tuple(some.shape) for some in whole_clips(bank, range(8), torch.device("cpu"))]
+    assert sizes[0] == (at_a_time, seconds * rate) and sum(rows for rows, _ in sizes) == 8
 
 
 def test_it_is_made_once_and_again_when_a_clip_changes(clips, tones, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from musiclm_engine.data.manifest import Clip, ManifestError
 from musiclm_engine.training.facts import LOGIT_SCALE, TEMPO_STEP, Facts, FactTargets
@@ -109,6 +110,45 @@ def test_what_is_not_stated_gives_no_gradient(facts: Facts) -> None:
     assert loss == 0
     (gradient,) = torch.autograd.grad(loss, embeddings)
     assert not gradient.any()
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_not_waited_for(facts: Facts) -> None:
+    embeddings, targets = torch.randn(3, DIM), facts.targets(CLIPS)
+    with Calls() as calls:
+        facts.loss(embeddings, targets)
+    waits = {"aten.repeat_interleave.Tensor", "aten._local_scalar_dense.default"}
+    assert "aten._log_softmax.default" in calls.names and not calls.names & waits
+
+
+def test_they_lie_on_the_device_that_is_asked_for() -> None:
+    on_meta = Facts(NAMES, CLIPS, DIM, seed=0, device=torch.device("meta"))
+    targets = on_meta.targets(CLIPS)
+    assert targets.shares.is_meta and targets.known.is_meta
+    assert on_meta.loss(torch.empty(3, DIM, device="meta"), targets).is_meta
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("tempo_bpm", 0, "a number above 0"),
+        ("tempo_bpm", math.nan, "a number above 0"),
+        ("tempo_bpm", "fast", "a number above 0"),
+        ("mood", ["calm"], "a word or a number"),
+    ],
+)
+def test_a_fact_of_another_form_is_refused(name: str, value: object, wanted: str) -> None:
+    with pytest.raises(ManifestError, match=f"a.flac has the fact {name} = .*, wanted {wanted}"):
+        Facts((name,), [clip(**{name: value})], DIM, seed=0)
 
 
 def test_an_embedding_along_the_axes_hits_every_fact(facts: Facts) -> None:

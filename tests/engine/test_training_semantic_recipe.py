@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 LOOP = {"batch_size": 3, "crop_seconds": 0.4, "steps": 2}
 MODELS = {
     "notes": {"dim": 16, "depth": 1, "num_tokens": 4, "num_components": 4},
-    "best-rq": {"dim": 16, "depth": 1, "feature_layer": 1, "heads": 2, "label_size": 8},
+    "best-rq": {"dim": 16, "depth": 1, "feature_layer": 1, "heads": 2, "label_size": 8}
+    | {"num_components": 4},
 }
 
 

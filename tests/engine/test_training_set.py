@@ -13,7 +13,7 @@ from musiclm_engine.audiolm.best_rq import BestRQTokenizer
 from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.checkpoint import CheckpointError, read_tensors
 from musiclm_engine.components import load_component
-from musiclm_engine.training import stage_recipe
+from musiclm_engine.training import loop, parcel, stage_recipe
 from musiclm_engine.training.bundle import bundle_run
 from musiclm_engine.training.config import OPTIONAL, TRAINED, ConfigError, load_config
 from musiclm_engine.training.learner import Learner, descend
@@ -71,6 +71,22 @@ def test_cut_at_every_step_it_is_the_same(whole, tiny_config, tiny_corpus, tmp_p
         calls += 1
     assert calls == 7  # every step but the last of each of five models
     assert models(tmp_path) == models(whole[0])
+
+
+def test_cut_short_within_its_last_save_it_gets_its_model_still(
+    whole, tiny_config, tiny_corpus, tmp_path, monkeypatch
+):
+    def cut(*arguments, **others):
+        raise InterruptedError
+
+    for half in ("save_model", "write_tensors"):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(loop, half, cut)
+            train_all(tiny_config, tiny_corpus, tmp_path / half, "codec")
+        assert train_all(tiny_config, tiny_corpus, tmp_path / half, "codec")[0]
+        made = models(tmp_path / half)
+        assert made == {path: it for path, it in models(whole[0]).items() if path in made}
+        assert len(made) == 2
 
 
 def test_a_whole_set_is_left_as_it_is(whole, tiny_config, tiny_corpus):
@@ -152,6 +168,13 @@ def test_minutes_want_shares(tiny_config, tiny_corpus, tmp_path):
     none.write_text(tiny_config.read_text().replace("[codec]", "[codec]\nshare = 0"))
     with pytest.raises(ConfigError, match=r"\[codec\] has share = 0"):
         train_all(none, tiny_corpus, tmp_path, limits=Limits(minutes=1.0))
+
+
+def test_shares_are_of_one_whole(endless, tiny_corpus, tmp_path):
+    endless.write_text(endless.read_text().replace("share = 0.2", "share = 0.21"))
+    with pytest.raises(ConfigError, match="endless.toml add up to 1.05, wanted at most 1"):
+        train_all(endless, tiny_corpus, tmp_path / "run", limits=Limits(minutes=1.0))
+    assert train_all(endless, tiny_corpus, tmp_path / "run", limits=NOW)[0] is False
 
 
 def test_the_rate_follows_steps_or_minutes_whichever_are_further():
@@ -258,6 +281,41 @@ def test_a_parcel_that_is_not_whole_is_refused(whole, tmp_path):
     with pytest.raises(CheckpointError, match="is broken, or one of its"):
         unpack(parcel, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_byte_that_is_wrong_is_told_plainly(whole, tmp_path):
+    (part,) = pack(whole[0], tmp_path / "parcel")
+    content = part.read_bytes()
+    for place in range(100, len(content) - 100, len(content) // 40):
+        part.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match="is broken|holds .*not a run"):
+            unpack(tmp_path / "parcel", tmp_path / "run")
+
+
+def test_a_parcel_cut_short_leaves_the_older_one(whole, tmp_path, monkeypatch):
+    pack(whole[0], tmp_path / "parcel", part_bytes=4000)
+    write, opened = parcel.whole_file, []
+
+    def cut(path):
+        opened.append(path)
+        if len(opened) == 3:
+            raise InterruptedError
+        return write(path)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(parcel, "whole_file", cut)
+        pack(whole[0], tmp_path / "parcel", part_bytes=5000)
+    unpack(tmp_path / "parcel", tmp_path / "run")
+    assert models(tmp_path / "run") == models(whole[0])
+
+
+def test_what_came_as_done_cannot_be_trained_longer(whole, tiny_config, tiny_corpus, tmp_path):
+    pack(whole[0], tmp_path / "parcel")
+    unpack(tmp_path / "parcel", tmp_path / "run")
+    longer = tmp_path / "longer.toml"
+    longer.write_text(tiny_config.read_text().replace("steps = 3", "steps = 4"))
+    with pytest.raises(CheckpointError, match="came in a parcel: give the same steps and minutes"):
+        train_all(longer, tiny_corpus, tmp_path / "run", "codec")
 
 
 def test_a_parcel_does_not_go_over_a_run(whole, tmp_path):

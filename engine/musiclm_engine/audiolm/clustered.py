@@ -21,6 +21,9 @@ class ClusteredTokens(nn.Module):
         num_tokens: K, clusters.
         sample_rate_hz: of the audio.
         hop_length: samples a token stands for.
+
+    Raises:
+        ValueError: more components than the features are wide.
     """
 
     mean: Tensor
@@ -38,6 +41,10 @@ class ClusteredTokens(nn.Module):
         hop_length: int,
     ) -> None:
         super().__init__()
+        if not 1 <= num_components <= width:
+            raise ValueError(
+                f"num_components is {num_components}, wanted 1 to {width}, the width of the features"
+            )
         self.num_tokens = num_tokens
         self.sample_rate_hz = sample_rate_hz
         self.hop_length = hop_length
@@ -88,9 +95,10 @@ class ClusteredTokens(nn.Module):
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:
-        """audio [B, samples] -> tokens [B, T] int64."""
+        """audio [B, samples] -> tokens [B, T] int64, the same under autocast."""
         if not self.components.any():
             raise RuntimeError("the semantic tokenizer is not fitted: call fit() or load one")
-        features = (self.features(audio) - self.mean) @ self.components
-        tokens, _ = rvq_encode(features.flatten(0, 1), self.centroids[None])
+        with torch.autocast(audio.device.type, enabled=False):
+            features = (self.features(audio) - self.mean) @ self.components
+            tokens, _ = rvq_encode(features.flatten(0, 1), self.centroids[None])
         return tokens.view(features.shape[:2])

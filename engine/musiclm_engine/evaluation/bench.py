@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musiclm_engine.audio import load_audio
@@ -78,10 +79,12 @@ class Bench:
         return np.array(rows)
 
     def audio(self, clips: Iterable[Clip], seconds: float) -> Tensor:
-        """The beginnings [clips, samples] of clips, on the model's device."""
+        """The beginnings [clips, samples] of clips, on the model's device; silence where a file is
+        a little shorter than its manifest says."""
         rate_hz = self.model.sample_rate
         rows = [load_audio(clip.audio, rate_hz, seconds=seconds) for clip in clips]
-        return torch.stack(rows).to(self.device)
+        samples = round(seconds * rate_hz)
+        return torch.stack([F.pad(row, (0, samples - len(row))) for row in rows]).to(self.device)
 
     def _judge(self, path: Path) -> dict[str, Any]:
         rate_hz = self.model.sample_rate

@@ -40,7 +40,9 @@ def compare_judgements(
             best            share of first candidates that do
             any             share of all candidates, which is what one drawn at random can expect
             shuffled        mean of `best` over random dealings of the captions
-            share_of_truth  best / truth
+            share_of_truth  best / truth; of a measure that chance often meets it is high for nothing
+            above_chance    what `best` has above clips dealt out at random, over what `truth` has:
+                            0 for clips that ignore their captions; None where `truth` has nothing
             p_followed      of the dealings that do as well as `best`
             p_best          of random draws of one candidate a caption that do as well as `best`
             num_judged      captions that say it; where there are none, all other entries are None
@@ -69,9 +71,10 @@ def compare_judgements(
         own = np.diagonal(by_prompt, axis1=0, axis2=2).T  # [captions, candidates]
         judged = ~np.isnan(own[:, 0])
         measures[name] = _measure(
-            np.diagonal(true_scores[name])[judged],
+            true_scores[name],
             own[judged],
-            None if name == "audibly_notes" else by_prompt[:, 0],
+            by_prompt[:, 0],
+            asks_caption=name != "audibly_notes",
             seed=seed,
             permutations=permutations,
         )
@@ -85,19 +88,23 @@ def compare_judgements(
 
 
 def _measure(
-    truth: np.ndarray,
+    truth_by_caption: np.ndarray,
     candidates: np.ndarray,
-    best_by_caption: np.ndarray | None,
+    best_by_caption: np.ndarray,
     *,
+    asks_caption: bool,
     seed: int,
     permutations: int,
 ) -> dict[str, Any]:
-    """One row of the table, from scores [judged], [judged, candidates] and [clips, captions]."""
-    names = ("truth", "best", "any", "shuffled", "share_of_truth", "p_followed", "p_best")
-    row: dict[str, Any] = {**dict.fromkeys(names), "num_judged": len(truth)}
-    if not len(truth):
+    """One row of the table, from scores [clips, captions], [judged, candidates] and [clips, captions]."""
+    names = (
+        *("truth", "best", "any", "shuffled", "share_of_truth"),
+        *("above_chance", "p_followed", "p_best"),
+    )
+    row: dict[str, Any] = {**dict.fromkeys(names), "num_judged": len(candidates)}
+    if not len(candidates):
         return row
-    best, ceiling = float(candidates[:, 0].mean()), float(truth.mean())
+    best, ceiling = float(candidates[:, 0].mean()), float(np.nanmean(np.diag(truth_by_caption)))
     redrawn = redrawn_means(candidates, seed=seed, rounds=permutations)
     row |= {
         "truth": ceiling,
@@ -106,7 +113,14 @@ def _measure(
         "share_of_truth": best / ceiling if ceiling else None,
         "p_best": p_value(best, redrawn),
     }
-    if best_by_caption is not None:
+    if asks_caption:
         shuffled = shuffled_means(best_by_caption, seed=seed, rounds=permutations)
-        row |= {"shuffled": float(shuffled.mean()), "p_followed": p_value(best, shuffled)}
+        # Over all dealings a caption meets each clip equally often: the mean is the table's.
+        lead = best - np.nanmean(best_by_caption)
+        true_lead = ceiling - np.nanmean(truth_by_caption)
+        row |= {
+            "shuffled": float(shuffled.mean()),
+            "above_chance": float(lead / true_lead) if true_lead > 1e-9 else None,
+            "p_followed": p_value(best, shuffled),
+        }
     return row

@@ -27,8 +27,10 @@ from musiclm_engine.evaluation.codec_judgement import judge_codec
 from musiclm_engine.evaluation.evaluate import compare_judgements
 from musiclm_engine.evaluation.frechet import frechet_distance
 from musiclm_engine.evaluation.judges import JUDGES_VERSION, Judgement, Judges
+from musiclm_engine.evaluation.known_music import without_known
 from musiclm_engine.evaluation.memorisation import (
     CONTINUED_SECONDS,
+    PROMPT_SECONDS,
     judge_memorisation,
     share_found_anywhere,
 )
@@ -36,6 +38,7 @@ from musiclm_engine.evaluation.work_folder import WorkFolder, file_sha256
 from musiclm_engine.musiclm import MusicLM
 
 CODEC_CLIPS = 48
+USUAL_QUANTILE = 0.05  # of the best candidates' similarity: below it, `musiclm generate` doubts
 CONTINUED_CLIPS = 200  # 19,900 pairs, so that a share of 1 in 10,000 can be told
 
 
@@ -54,7 +57,8 @@ def evaluate_held_out(
 
     Each caption is its clip's first. The ceiling is the same clips' own audio. What a caption does
     not state is not judged; where a manifest does not say what captions state, each is taken to state
-    all of its clip's facts.
+    all of its clip's facts. Held-out clips whose music stands in training under another name
+    (`without_known`) are left out.
 
     Args:
         model: to judge.
@@ -69,24 +73,40 @@ def evaluate_held_out(
 
     Returns:
         None for a part. Otherwise what `json.dumps` takes: what `compare_judgements` gives, the
-        "captions", "facts_are_stated", "mulan_similarity" of first and of any candidate, "frechet"
-        (see `_frechet`), "codec" (`judge_codec`) and "memorisation" (see `_memorisation`).
+        "captions", "facts_are_stated", "num_known_left_out", "mulan_similarity" of first and of any candidate and what the
+        first of 19 in 20 captions reach ("usual"), "frechet" (see `_frechet`), "codec"
+        (`judge_codec`) and "memorisation" (see `_memorisation`).
 
     Raises:
-        ValueError: fewer clips in the test split, a part that does not exist, facts that the judges
-            do not know.
+        ValueError: fewer clips in the test split, none of other pieces beside those chosen, clips too
+            short to be continued, a part that does not exist, facts that the judges do not know.
         ModuleNotFoundError: a judge's package is missing.
     """
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part is {part[0]}/{part[1]}, wanted k/n with k from 1 to n")
     judges = Judges()  # first, because a missing package should not cost the generation
     splits = {split: load_manifest(manifest, split) for split in ("train", "validation", "test")}
-    test, validation = splits["test"], splits["validation"]
+    test, validation = (
+        without_known(splits[split], splits["train"]) for split in ("test", "validation")
+    )
     if len(test) < clips:
-        raise ValueError(f"clips is {clips}, {manifest} has {len(test)} in its test split")
+        raise ValueError(
+            f"clips is {clips}, {manifest} has {len(test)} in its test split of music that is not "
+            "in training"
+        )
     order = np.random.default_rng(seed).permutation(len(test))
     chosen = [test[index] for index in order[:clips]]
-    others = [test[index] for index in order[clips:]] + validation
+    pieces = {clip.piece for clip in chosen}
+    others = [clip for clip in test + validation if clip.piece not in pieces]
+    # What would end the evaluation after hours of generation is refused before.
+    if not others:
+        raise ValueError(
+            f"{manifest} has no clips of other pieces to compare {clips} test clips with"
+        )
+    shortest = min(clip.seconds for some in splits.values() for clip in some)
+    wanted = max(PROMPT_SECONDS) + CONTINUED_SECONDS
+    if shortest < wanted:
+        raise ValueError(f"{manifest} has clips of {shortest:g} s, wanted {wanted:g} s or more")
     facts_are_stated = any(any(clip.stated) for clip in test)
     facts = [
         stated_facts(clip.facts, clip.stated[0] if facts_are_stated else clip.facts)
@@ -112,9 +132,12 @@ def evaluate_held_out(
         **compare_judgements(candidates, truth, facts, seed=seed),
         "captions": [clip.captions[0] for clip in chosen],
         "facts_are_stated": facts_are_stated,
+        "num_known_left_out": sum(len(splits[split]) for split in ("test", "validation"))
+        - len(test + validation),
         "mulan_similarity": {
             "best": float(similarity[:, 0].mean()),
             "any": float(similarity.mean()),
+            "usual": float(np.quantile(similarity[:, 0], USUAL_QUANTILE)),
         },
         "frechet": _frechet(bench, [own[0] for own in candidates], truth, chosen, others),
         "codec": _codec(bench, chosen[:CODEC_CLIPS]),
@@ -122,7 +145,7 @@ def evaluate_held_out(
             bench,
             splits["train"],
             validation + test,
-            np.concatenate([caption.semantic for caption in made]),
+            [row for caption in made for row in caption.semantic],
             manifest_sha256=file_sha256(manifest),
             seed=seed,
         ),
@@ -136,7 +159,7 @@ def _frechet(
     clips: Sequence[Clip],
     others: Sequence[Clip],
 ) -> dict[str, Any]:
-    """Distances of three heaps of equally many clips to one of other real, held-out clips.
+    """Distances of three heaps of equally many clips to one of real, held-out clips of other pieces.
 
     Returns:
         "generated" of the first candidates; "codec" of the captions' own clips, through the codec at
@@ -184,7 +207,7 @@ def _memorisation(
     bench: Bench,
     trained: Sequence[Clip],
     held_out: Sequence[Clip],
-    generated: np.ndarray,
+    generated: Sequence[np.ndarray],
     *,
     manifest_sha256: str,
     seed: int,
@@ -209,7 +232,7 @@ def _memorisation(
     length = round(CONTINUED_SECONDS * tokenizer.sample_rate_hz / tokenizer.hop_length)
     return {
         **figures,
-        "found_anywhere": share_found_anywhere(generated[:, :length], tokens.numpy()),
+        "found_anywhere": share_found_anywhere([row[:length] for row in generated], tokens.numpy()),
         "num_generated": len(generated),
         "num_searched": len(tokens),
     }

@@ -111,11 +111,11 @@ def judge_memorisation(
     }
 
 
-def share_found_anywhere(generated: np.ndarray, trained: np.ndarray) -> float:
-    """Share of the rows of generated [m, L] that stand whole in a row of trained [n, S], anywhere."""
+def share_found_anywhere(generated: Sequence[np.ndarray], trained: np.ndarray) -> float:
+    """Share of the rows of generated, [L] each, that stand whole in a row of trained [n, S]."""
     apart = chr(0x10FFFF)  # between clips; no token is that large
     haystack = apart.join("".join(map(chr, row)) for row in trained.tolist())
-    return float(np.mean(["".join(map(chr, row)) in haystack for row in generated.tolist()]))
+    return float(np.mean(["".join(map(chr, row)) in haystack for row in generated]))
 
 
 def match_threshold(targets: np.ndarray, pieces: Sequence[str], distances: np.ndarray) -> float:

@@ -18,12 +18,13 @@ ROWS = {
 
 
 def markdown_table(figures: Mapping[str, Any]) -> str:
-    """All of what `evaluate_held_out` gives: two tables and a paragraph; ends in a newline."""
+    """All of what `evaluate_held_out` gives: two tables and paragraphs; ends in a newline."""
     parts = [
         attributes_table(figures, facts_are_stated=figures["facts_are_stated"]),
         codec_table(figures["codec"]),
         _frechet(figures["frechet"]),
         _memorisation(figures["memorisation"]),
+        f"Left out: {figures['num_known_left_out']} held-out clips that training knows by other names.\n",
     ]
     return "\n".join(parts)
 
@@ -37,6 +38,7 @@ def attributes_table(figures: Mapping[str, Any], *, facts_are_stated: bool) -> s
         f"any of {count}",
         "captions shuffled",
         "best / true",
+        "the same above chance",
         "p: captions followed",
         "p: best above any",
         "captions",
@@ -46,7 +48,7 @@ def attributes_table(figures: Mapping[str, Any], *, facts_are_stated: bool) -> s
         measure = figures["measures"][name]
         cells = [
             *(_percent(measure[arm]) for arm in ("truth", "best", "any", "shuffled")),
-            _percent(measure["share_of_truth"]),
+            *(_percent(measure[share]) for share in ("share_of_truth", "above_chance")),
             *(_number(measure[p], ".2g") for p in ("p_followed", "p_best")),
             str(measure["num_judged"]),
         ]
@@ -57,6 +59,7 @@ def attributes_table(figures: Mapping[str, Any], *, facts_are_stated: bool) -> s
         asked = "The manifest does not say what captions state: each is judged on all facts of its clip."
     below = (
         f"{figures['num_captions']} captions, {count} candidates each; best: by MuLaN. {asked} "
+        "Above chance: what the clips have above the same clips shuffled, in both. "
         f"p: one-sided permutation tests, {figures['permutations']:,} dealings of the captions, and as "
         "many random choices of a candidate."
     )
@@ -86,7 +89,7 @@ def codec_table(figures: Mapping[str, Any]) -> str:
 
 def _frechet(figures: Mapping[str, Any]) -> str:
     return (
-        f"Fréchet distance to {figures['num_others']:,} other real clips "
+        f"Fréchet distance to {figures['num_others']:,} real clips of other pieces "
         f"({figures['num_patches_of_others']:,} patches of 3 s, musicnn's embedding): generated "
         f"{figures['generated']:.1f}, the captions' own clips {figures['real']:.1f}, and through "
         f"{figures['codec_levels']} levels of the codec {figures['codec']:.1f}; generated / codec "

@@ -50,20 +50,26 @@ def load_config(name: str) -> dict[str, Any]:
 
     One that says `extends = NAME` has all entries of that one but those that it gives itself, so
     that an architecture is said once: an entry of a table takes the place of the whole entry there.
+    That one may extend another.
 
     Raises:
         ConfigError: there is no such file, or it is broken.
     """
+    return _extended(name, ())
+
+
+def _extended(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     path, config = _read(name)
     base = config.pop("extends", None)
     if base is None:
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path} has extends = {base!r}, wanted the name of a configuration")
+    if path.resolve() in above:
+        raise ConfigError(f"{path} extends itself")
     # A file beside this one, or a bundled configuration.
-    base_path, whole = _read(str(path.parent / base) if base.endswith(".toml") else base)
-    if "extends" in whole:
-        raise ConfigError(f"{path} extends {base_path}, wanted one that extends no other")
+    below = str(path.parent / base) if base.endswith(".toml") else base
+    whole = _extended(below, (*above, path.resolve()))
     tables = {key: whole.get(key, {}) | config[key] for key in config.keys() - {"seed"}}
     return whole | config | tables
 

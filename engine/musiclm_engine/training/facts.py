@@ -17,9 +17,7 @@ from torch import Tensor
 
 from musiclm_engine.data.manifest import Clip, ManifestError
 
-LOGIT_SCALE = (
-    16.0  # a fact that has a sixth of an embedding's energy is then 98 % sure of 24 values
-)
+LOGIT_SCALE = 16.0  # a fact with a sixth of an embedding's energy is then 98 % sure of 24 values
 TEMPO_STEP = 0.04  # in ln(bpm): what judges of tempo take for the same
 TEMPO_SPREAD = 1.0  # steps: standard deviation of a tempo's share in its neighbours
 
@@ -39,6 +37,9 @@ class FactTargets:
     shares: Tensor
     known: Tensor
 
+    def to(self, device: torch.device) -> "FactTargets":
+        return FactTargets(self.shares.to(device), self.known.to(device))
+
 
 class Facts:
     """The values of some facts, and an axis for each.
@@ -48,18 +49,26 @@ class Facts:
         clips: to take the values from.
         dim: D, of the embeddings.
         seed: of the axes.
+        device: to work on.
 
     Raises:
-        ManifestError: no clip has one of the facts.
+        ManifestError: no clip has one of the facts, or a clip has one that is not of that form.
         ValueError: there are more values than dimensions.
     """
 
-    def __init__(self, names: Sequence[str], clips: Sequence[Clip], dim: int, seed: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        clips: Sequence[Clip],
+        dim: int,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.names = tuple(names)
         self.values: dict[str, list[Any]] = {}
         self._spread: dict[str, Callable[[Any], Tensor]] = {}
         for name in self.names:
-            found = {clip.facts[name] for clip in clips if clip.facts.get(name) is not None}
+            found = {_value(clip, name) for clip in clips} - {None}
             if not found:
                 raise ManifestError(f"no clip has the fact {name}, which [mulan] facts names")
             if name == "tempo_bpm":
@@ -72,16 +81,16 @@ class Facts:
         self.sizes = sizes
         generator = torch.Generator().manual_seed(seed)
         square = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
-        self.axes = square[: sum(sizes)]  # [C, D], rows orthonormal
+        self.axes = square[: sum(sizes)].to(device)  # [C, D], rows orthonormal
 
     def targets(self, clips: Sequence[Clip]) -> FactTargets:
         """What a classifier should say of clips; of values never seen in training, nothing."""
         shares = [
-            torch.stack([self._shares(name, clip.facts.get(name)) for clip in clips])
+            torch.stack([self._shares(name, _value(clip, name)) for clip in clips])
             for name in self.names
         ]
         known = torch.stack([part.sum(1) > 0 for part in shares], dim=1)
-        return FactTargets(torch.cat(shares, dim=1), known)
+        return FactTargets(torch.cat(shares, dim=1), known).to(self.axes.device)
 
     def stated(self, clip: Clip, caption: int) -> list[bool]:
         """Which facts a caption of a clip states."""
@@ -109,22 +118,14 @@ class Facts:
     def _by_fact(
         self, embeddings: Tensor, targets: FactTargets
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        logits = LOGIT_SCALE * embeddings.float() @ self.axes.to(embeddings.device).T
-        shares = torch.where(
-            targets.known.repeat_interleave(
-                torch.tensor(self.sizes, device=targets.known.device), dim=1
-            ),
-            targets.shares,
-            0.0,
+        logits = LOGIT_SCALE * embeddings.float() @ self.axes.T
+        by_fact = zip(
+            logits.split(self.sizes, dim=1),
+            targets.shares.split(self.sizes, dim=1),
+            targets.known.unbind(1),
+            strict=True,
         )
-        return list(
-            zip(
-                logits.split(self.sizes, dim=1),
-                shares.split(self.sizes, dim=1),
-                targets.known.unbind(1),
-                strict=True,
-            )
-        )
+        return [(of_fact, shares * known[:, None], known) for of_fact, shares, known in by_fact]
 
     def _shares(self, name: str, value: Any) -> Tensor:
         values = self.values[name]
@@ -135,6 +136,17 @@ class Facts:
         elif value in values:
             shares[values.index(value)] = 1.0
         return shares
+
+
+def _value(clip: Clip, name: str) -> Any:  # None, a word or a number
+    value = clip.facts.get(name)
+    if name == "tempo_bpm":
+        fits, wanted = isinstance(value, int | float) and 0 < value < math.inf, "a number above 0"
+    else:
+        fits, wanted = isinstance(value, str | int | float), "a word or a number"
+    if value is not None and not fits:
+        raise ManifestError(f"{clip.audio} has the fact {name} = {value!r}, wanted {wanted}")
+    return value
 
 
 def _tempo_steps(slowest: float, fastest: float) -> list[float]:

@@ -17,10 +17,12 @@ from musiclm_engine.training.workplace import Workplace
 def whole_clips(bank: ClipBank, clips: range, device: torch.device) -> Iterator[Tensor]:
     """Clips, some at a time, each from its beginning: [B, samples].
 
-    They are as long as the bank's shortest; a GPU gets more at a time.
+    They are as long as the bank's shortest; a GPU gets more at a time, and of long ones anything gets
+    fewer.
     """
-    at_a_time = 8 if device.type == "cpu" else 64
     samples = min(bank.lengths)
+    most = 8 if device.type == "cpu" else 64  # of ten seconds
+    at_a_time = max(1, min(most, most * 10 * bank.sample_rate_hz // samples))
     for rows in torch.arange(clips.start, clips.stop, device=device).split(at_a_time):
         yield bank.crops(rows, torch.zeros_like(rows), samples)
 

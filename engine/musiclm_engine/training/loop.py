@@ -72,8 +72,8 @@ def fit(
     """Train from where run_dir stands to the schedule's end, yielding (steps done, figures).
 
     Figures are "train/progress" at every step, and on a GPU the others at every tenth and where
-    something is validated or saved. run_dir gets checkpoint.safetensors, which is all that resuming reads; model.safetensors and
-    model.json, for others to load; and TensorBoard's event files.
+    something is validated or saved. run_dir gets checkpoint.safetensors, which is all that resuming
+    reads; model.safetensors and model.json, for others to load; and TensorBoard's event files.
 
     Args:
         minutes: stop (and save) after this long, to be resumed later.
@@ -147,6 +147,9 @@ def _refuse_divergence(unread: dict[str, Tensor]) -> None:
 
 
 def _save(learners: list[Learner], run_dir: Path, done: int, seconds: float) -> None:
+    # Rounded as it will be bundled: what is trained on its output sees what will run. Written before
+    # the checkpoint, which may say that training is done: then the model must be there.
+    save_model(learners[0].model, run_dir / "model", dtype=torch.float16)
     # One file, so that weights, moments and step cannot come from different moments.
     tensors = {
         "steps": torch.tensor(done),
@@ -155,8 +158,6 @@ def _save(learners: list[Learner], run_dir: Path, done: int, seconds: float) -> 
     for learner in learners:
         tensors |= learner.tensors()
     write_tensors(run_dir / CHECKPOINT, tensors)
-    # Rounded as it will be bundled: what is trained on its output sees what will run.
-    save_model(learners[0].model, run_dir / "model", dtype=torch.float16)
 
 
 def _resume(learners: list[Learner], run_dir: Path) -> tuple[int, float]:
@@ -173,6 +174,11 @@ def _resume(learners: list[Learner], run_dir: Path) -> tuple[int, float]:
     for key, value in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
+    if not parts:
+        raise CheckpointError(
+            f"{path} says only how long its model was trained, which is done and came in a parcel: "
+            "give the same steps and minutes, or remove that folder to train it anew"
+        )
     try:
         for learner in learners:
             weights = parts.pop(f"{learner.prefix}model", {})

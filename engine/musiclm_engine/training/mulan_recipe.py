@@ -43,25 +43,25 @@ def mulan_recipe(place: Workplace) -> Recipe:
 
         return Recipe(model, contrast, lambda: _retrieval(model, held_out))
 
-    facts = Facts(settings["facts"], clips, model.dim_latent, place.seed)
+    facts = Facts(settings["facts"], clips, model.dim_latent, place.seed, place.device)
     known = {id(crops): facts.targets(crops.clips) for crops in (train, held_out)}
 
     def targets(crops: Crops, step: int) -> tuple[FactTargets, FactTargets]:
         """Of the audio and of the captions of a batch."""
         draw = crops.draw(step)
-        rows = torch.from_numpy(draw.rows)
-        of_clips = known[id(crops)]
-        shares, heard = of_clips.shares[rows], of_clips.known[rows]
-        said = np.array(
+        stated = np.array(
             [
                 facts.stated(crops.clips[row], caption)
                 for row, caption in zip(draw.rows, draw.chosen, strict=True)
             ]
         )
-        shares, heard, stated = (
-            x.to(place.device, non_blocking=True) for x in (shares, heard, torch.from_numpy(said))
+        # Small copies, which a GPU need not wait for.
+        rows, said = (
+            torch.from_numpy(some).to(place.device, non_blocking=True)
+            for some in (draw.rows, stated)
         )
-        return FactTargets(shares, heard), FactTargets(shares, heard & stated)
+        shares, heard = known[id(crops)].shares[rows], known[id(crops)].known[rows]
+        return FactTargets(shares, heard), FactTargets(shares, heard & said)
 
     def losses(step: int) -> dict[str, Tensor]:
         contrast, of_audio, of_text = model.contrast_with_embeddings(

@@ -3,6 +3,8 @@
 import io
 import re
 import zipfile
+import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,8 +27,9 @@ def pack(
     """Write what is needed to go on with run_dir to parcel/run.zip.000, run.zip.001 …
 
     That is every finished model as it would be bundled, and the checkpoint of the unfinished one
-    with weights rounded to float16 and moments to bfloat16: half of its size. An adversary's moments,
-    token caches and curves stay behind. Parts of an older parcel are removed.
+    with weights rounded to float16 and moments to bfloat16: half of its size. An adversary's
+    moments, token caches and curves stay behind. Parts of an older parcel are replaced, once all of
+    this one is written.
     """
     left_out = {unfinished}
     if (run_dir / "tokenizer" / "model.json").exists():
@@ -43,9 +46,10 @@ def pack(
                 archive.writestr(f"{name}/{CHECKPOINT}", save(lighter))
     parcel.mkdir(parents=True, exist_ok=True)
     whole, parts = packed.getbuffer(), []
-    for number, start in enumerate(range(0, len(whole), part_bytes)):
-        parts.append(parcel / f"run.zip.{number:03d}")
-        with whole_file(parts[-1]) as part:
+    with ExitStack() as unfinished_parts:
+        for number, start in enumerate(range(0, len(whole), part_bytes)):
+            parts.append(parcel / f"run.zip.{number:03d}")
+            part = unfinished_parts.enter_context(whole_file(parts[-1]))
             part.write_bytes(whole[start : start + part_bytes])
     for old in set(_parts(parcel)) - set(parts):
         old.unlink()
@@ -69,7 +73,7 @@ def unpack(parcel: Path, run_dir: Path) -> None:
     try:
         with zipfile.ZipFile(whole) as archive:
             contents = {name: archive.read(name) for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(
             f"{parcel} is broken, or one of its {len(parts)} parts is missing: {error}"
         ) from None

@@ -58,6 +58,23 @@ class Limits:
     stop_at: float | None = None
 
 
+def checked_config(name: str, config: str) -> dict[str, Any]:
+    """The configuration; refuses at once what `train` could not begin with.
+
+    Raises:
+        ValueError: name is of no model.
+        ConfigError: see `load_config`.
+        ModuleNotFoundError: the extra `train` is not installed.
+    """
+    if name not in (*TRAINED, "all"):
+        raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}, all")
+    if find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(
+            'training writes TensorBoard logs: pip install "musiclm-engine[train]"'
+        )
+    return load_config(config)
+
+
 def train(
     name: str,
     *,
@@ -91,19 +108,16 @@ def train(
         FloatingPointError: training diverged.
         ModuleNotFoundError: the extra `train` is not installed.
     """
-    if name not in (*TRAINED, "all"):
-        raise ValueError(f"name is {name!r}, wanted one of {', '.join(TRAINED)}, all")
-    if find_spec("tensorboard") is None:
-        raise ModuleNotFoundError(
-            'training writes TensorBoard logs: pip install "musiclm-engine[train]"'
-        )
     place = Workplace(
         run_dir,
         manifest,
-        load_config(config),
+        checked_config(name, config),
         device,
         lambda what, done, total: report(what, done, total, {}),
     )
+    shares = sum(place.config[each].get("share", 0) for each in RECIPES if each in place.config)
+    if limits.minutes is not None and shares > 1 + 1e-6:
+        raise ConfigError(f"the shares of {config} add up to {shares:.2f}, wanted at most 1")
     whole = [each for each in TRAINED if each in place.config or each not in OPTIONAL]
     for each in whole if name == "all" else (name,):
         try:

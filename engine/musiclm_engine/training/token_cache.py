@@ -70,7 +70,10 @@ class TokenCache:
         """
         longest = min(self.semantic.shape[1], self.acoustic.shape[1] // stride)
         if not 1 <= frames // stride <= longest:
-            raise ValueError(f"a crop is {frames} frames, wanted {stride} to {longest * stride}")
+            raise ValueError(
+                f"a crop is {frames} frames, wanted {stride} to {longest * stride}, "
+                "as many as the shortest clip has: mind crop_seconds"
+            )
         random = np.random.default_rng((seed, step))
         drawn = [
             random.integers(len(self.semantic), size=size),
