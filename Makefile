@@ -45,11 +45,11 @@ budgets: $(VENV)/test.stamp  ## What the kernels compile to, beside the committe
 # Cut short, the same command goes on where it was. On an H100: docs/training.md.
 train-tiny: $(CORPUS)/manifest.jsonl $(VENV)/train.stamp  ## Train the bundled model anew (hours).
 	$(MUSICLM) train all --config $(CONFIG) --manifest $(CORPUS)/manifest.jsonl --run-dir $(RUN) \
-		--device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES)) \
-		--bundle engine/musiclm_engine/assets
+		--device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
+	$(MUSICLM) bundle engine/musiclm_engine/assets --run-dir $(RUN) --config $(CONFIG) --dtype int8
 
 eval: $(CORPUS)/manifest.jsonl $(VENV)/judges.stamp  ## Judge the bundled model on held-out pieces.
-	$(MUSICLM) eval --manifest $(CORPUS)/manifest.jsonl --out eval.json
+	$(MUSICLM) eval --manifest $(CORPUS)/manifest.jsonl --out eval.json --calibrate
 
 clean:  ## Remove the environment and all caches; corpus, runs and audio stay.
 	rm -rf $(VENV) build dist engine/*.egg-info kernels/*.egg-info *.egg-info

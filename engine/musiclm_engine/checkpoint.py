@@ -10,6 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from musiclm_engine.whole_file import whole_file
+from musiclm_kernels import quantize_weight
+
+STORED = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int8")
+}  # how parameters can lie on disk
+SCALE = ".int8_scale"  # of the parameter whose name is before it
+LEAST_ROW = 64  # values that share a scale: shorter rows would hardly save anything
 
 
 class CheckpointError(ValueError):
@@ -77,12 +84,26 @@ def save_model(model: Any, stem: Path, *, dtype: torch.dtype | None = None) -> N
     Args:
         model: a module with `config`.
         stem: path without suffix.
-        dtype: parameters are stored in it, or in their own. Buffers always keep theirs: codebooks
-            are compared with, and running sums would overflow half precision.
+        dtype: parameters are stored in it, or in their own. torch.int8 stores matrices with a scale
+            a row (`quantize_weight`) and what has no rows of 64 values and more in float16. Buffers
+            always keep theirs: codebooks are compared with, and running sums would overflow half
+            precision.
+
+    Raises:
+        ValueError: dtype is none of `STORED`.
     """
+    if dtype not in (None, *STORED.values()):
+        raise ValueError(f"dtype is {dtype}, wanted {', '.join(STORED)} or None")
     state = model.state_dict()
-    if dtype is not None:
-        state |= {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        if dtype is not torch.int8:
+            state[name] = weight if dtype is None else weight.to(dtype)
+        elif weight.ndim < 2 or weight.shape[-1] < LEAST_ROW:
+            state[name] = weight.half()
+        else:
+            rows, scale = quantize_weight(weight.flatten(0, -2), dtype)
+            state[name] = rows.view(weight.shape)
+            state[name + SCALE] = scale.view(weight.shape[:-1])
     write_tensors(stem.with_name(stem.name + ".safetensors"), state)
     write_json(
         stem.with_name(stem.name + ".json"),
@@ -117,9 +138,20 @@ def load_model(stem: Path, classes: dict[str, Any]) -> Any:
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"{stem}.safetensors holds values of {name} that are not numbers")
     try:
-        model.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        )
+        model.load_state_dict(_in_float32(weights))
     except RuntimeError as error:
         raise CheckpointError(f"{stem}.safetensors does not fit {path}: {error}") from None
     return model.eval()
+
+
+def _in_float32(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `save_model` stored, as the model has it; whole numbers but int8 stay as they are."""
+    weights = {}
+    for name, value in stored.items():
+        if value.dtype == torch.int8:
+            if name + SCALE not in stored:
+                raise RuntimeError(f"{name} is int8 and has no {name}{SCALE}")
+            weights[name] = value * stored[name + SCALE][..., None]
+        elif not name.endswith(SCALE):
+            weights[name] = value.float() if value.is_floating_point() else value
+    return weights

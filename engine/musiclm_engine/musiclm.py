@@ -152,7 +152,9 @@ class MusicLM(nn.Module):
 
         Args:
             path: of the folder, made if it is not there.
-            dtype: of the weights on disk.
+            dtype: of the weights on disk, see `checkpoint.save_model`. torch.int8 is for the stages;
+                what makes tokens is then stored in float16, or it would make others than those that
+                the stages learnt.
         """
         folder = Path(path)
         parts = {
@@ -162,8 +164,9 @@ class MusicLM(nn.Module):
             "quantizer": self.quantizer,
             **{stage: getattr(self.audiolm, stage) for stage in STAGES},
         }
+        makers_dtype = torch.float16 if dtype == torch.int8 else dtype
         for name, part in parts.items():
-            save_model(part, folder / name, dtype=dtype)
+            save_model(part, folder / name, dtype=dtype if name in STAGES else makers_dtype)
         description: dict[str, Any] = {
             "windows": asdict(self.audiolm.windows),
             "sampling": asdict(self.sampling),

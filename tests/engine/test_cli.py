@@ -335,6 +335,8 @@ def test_train_goes_through_bundle_to_generate(tiny_config, tiny_corpus, tmp_pat
     done(trained)
     assert "codec 3: loss" in trained.stderr and "held out: " in trained.stderr
     refused(musiclm("bundle", tmp_path / "out", *common), "tokenizer/model.json is missing")
+    other = ("bundle", tmp_path / "out", *common, "--dtype", "float64")
+    refused(musiclm(*other), "--dtype float64: wanted float32, float16, bfloat16, int8")
     assert not (tmp_path / "out").exists()
 
 
