@@ -65,6 +65,57 @@ def test_half_precision_is_half_the_file_and_loads_as_float32(stem, tmp_path):
         torch.testing.assert_close(value, build().state_dict()[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.fixture
+def eight_bits(tmp_path):
+    """A model, and where it is stored in 8 bits."""
+    torch.manual_seed(0)
+    model = SemanticTransformer(
+        num_semantic_tokens=50, conditioning_size=30, conditioning_length=2, dim=64, depth=2,
+        heads=1, max_frames=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.condition_embedding.codes.weight[1] = 0.0  # a row of zeros has no largest value
+    save_model(model, tmp_path / "eight", dtype=torch.int8)
+    return model, tmp_path / "eight"
+
+
+def test_eight_bits_are_within_half_a_step_of_each_row(eight_bits):
+    model, stem = eight_bits
+    again = load_model(stem, CLASSES)
+    stored = read_tensors(stem.with_suffix(".safetensors"))
+    buffers = dict(model.named_buffers())
+    assert {"int8", "float16"} <= {str(value.dtype)[6:] for value in stored.values()}
+    for name, value in again.state_dict().items():
+        assert value.dtype == model.state_dict()[name].dtype
+        original = model.state_dict()[name]
+        if name in buffers:
+            assert torch.equal(value, original)
+        elif stored[name].dtype == torch.int8:
+            half_a_step = original.abs().amax(-1, keepdim=True) / 254
+            assert ((value - original).abs() <= half_a_step * 1.001).all()
+        else:
+            torch.testing.assert_close(value, original, rtol=1e-3, atol=1e-6)
+
+
+def test_eight_bits_without_their_scale_are_refused(eight_bits):
+    _, stem = eight_bits
+    path = stem.with_suffix(".safetensors")
+    stored = read_tensors(path)
+    scale = next(name for name in stored if name.endswith(".int8_scale"))
+    write_tensors(path, {name: value for name, value in stored.items() if name != scale})
+    with pytest.raises(CheckpointError, match=f"does not fit .*has no {scale}"):
+        load_model(stem, CLASSES)
+    write_tensors(path, stored | {scale: torch.ones(3)})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_model(stem, CLASSES)
+
+
+def test_other_dtypes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dtype is torch.float64, wanted float32, float16"):
+        save_model(build(), tmp_path / "semantic", dtype=torch.float64)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 def test_a_missing_file_is_named(stem, suffix):
     stem.with_suffix(suffix).unlink()

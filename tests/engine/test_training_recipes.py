@@ -295,7 +295,13 @@ def test_seven_models_are_trained_and_make_music(trained, tiny_config, tmp_path)
     model = bundle_run(run_dir, config=str(tiny_config))
     assert model.audiolm.windows == Windows(1.0, 0.5, 0.2)
     assert model.sampling.semantic == Sampling(temperature=0.9, top_k=6)
-    model.save_pretrained(tmp_path / "bundle")
+    for stage in (model.audiolm.semantic, model.audiolm.coarse, model.audiolm.fine):
+        codes = stage.condition_embedding.codes.weight.view(
+            stage.conditioning_length, -1, model.quantizer.dim
+        )
+        torch.testing.assert_close(codes[:, :-1], model.quantizer.codebooks, rtol=1e-3, atol=1e-6)
+        assert not codes[:, -1].any()
+    model.save_pretrained(tmp_path / "bundle", dtype=torch.int8)
     made = (
         type(model)
         .from_pretrained(tmp_path / "bundle")

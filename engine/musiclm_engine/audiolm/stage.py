@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musiclm_engine.audiolm.position import OUTSIDE_TIME, TimeLevelBias
+from musiclm_engine.audiolm.residual_embedding import ResidualEmbedding
 from musiclm_engine.audiolm.transformer import Store, Transformer
 
 
@@ -25,6 +26,7 @@ class Stage(nn.Module):
     Args:
         conditioning_size: values of a conditioning token; one more id, `null`, stands for none.
         conditioning_length: M, 0 for a stage without conditioning.
+        conditioning_dim: D, width of a conditioning token's code (`ResidualEmbedding`).
         context_size: values of a context token.
         context_levels: Lc, tokens in a frame of context; 0 for a stage without context.
         context_stride: frames of target that one frame of context lasts.
@@ -43,6 +45,7 @@ class Stage(nn.Module):
         *,
         conditioning_size: int,
         conditioning_length: int,
+        conditioning_dim: int = 128,
         context_size: int = 0,
         context_levels: int = 0,
         context_stride: int = 1,
@@ -68,11 +71,13 @@ class Stage(nn.Module):
         self.target_levels = target_levels
         self.condition_drop_prob = condition_drop_prob
         self.null = conditioning_size
-        self.condition_embedding = nn.Embedding(conditioning_length * (conditioning_size + 1), dim)
+        self.condition_embedding = ResidualEmbedding(
+            conditioning_length, conditioning_size, conditioning_dim, dim
+        )
         self.context_embedding = nn.Embedding(context_levels * context_size, dim)
         self.target_embedding = nn.Embedding(target_levels * target_size, dim)
         self.start_token = nn.Parameter(torch.randn(dim) * 0.02)
-        for embedding in (self.condition_embedding, self.context_embedding, self.target_embedding):
+        for embedding in (self.context_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
         self.position = TimeLevelBias(heads, context_levels + target_levels, max_frames)
         self.transformer = Transformer(
@@ -131,7 +136,7 @@ class Stage(nn.Module):
     def embed(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
         """[B, M], [B, Tc, Lc] or None, [B, T, Lt] -> [B, N, dim]."""
         B = len(target)
-        parts = [self._embed(self.condition_embedding, conditioning, self.conditioning_size + 1)]
+        parts = [self.condition_embedding(conditioning)]
         if context is not None:
             tokens = self._embed(self.context_embedding, context, self.context_size)
             parts.append(rearrange(tokens, "b t l d -> b (t l) d"))

@@ -12,8 +12,8 @@ class SemanticTransformer(Stage):
         num_semantic_tokens: values of a semantic token.
         conditioning_size: values of a MuLan token.
         conditioning_length: MuLan tokens in front of the sequence, one for each of its quantisers.
-        transformer: dim, depth, heads, dim_head, ff_mult, ff_gated, dropout, max_frames and
-            condition_drop_prob, see `Stage`.
+        transformer: conditioning_dim, dim, depth, heads, dim_head, ff_mult, ff_gated, dropout,
+            max_frames and condition_drop_prob, see `Stage`.
     """
 
     def __init__(

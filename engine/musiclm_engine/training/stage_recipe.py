@@ -70,6 +70,7 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
     conditioning = {
         "conditioning_size": quantizer.codebook_size,
         "conditioning_length": quantizer.num_quantizers,
+        "conditioning_dim": quantizer.dim,
     }
     stride = tokenizer.hop_length // codec.hop_length
     if stride * codec.hop_length != tokenizer.hop_length:
@@ -99,6 +100,7 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
             **conditioning,
             **settings["model"],
         )
+    model.condition_embedding.take_codebooks(quantizer.codebooks)
     frames = round(settings["crop_seconds"] * codec.frame_rate_hz) // stride * stride
     caches = {split: tokens(place, split) for split in ("train", "validation")}
 
