@@ -161,7 +161,6 @@ def test_without_prompts_it_refuses(tiny_folder, tmp_path, capsys):
     assert not (tmp_path / "docs").exists()
 
 
-@pytest.mark.skipif(not (DOCS / "listen.md").exists(), reason="the page was never made")
 def test_the_page_in_the_repository_is_of_the_bundled_model():
     """If it fails: `make listen`."""
     record = json.loads((DOCS / "listen" / "clips" / "record.json").read_text())
