@@ -40,7 +40,7 @@ def build_ours(
     def begin() -> None:
         step.begin(
             setup.input_of(decoder), seeds=torch.arange(case.batch, device=setup.device),
-            position=case.context, query_codes=codes, key_codes=codes,
+            position=case.context, query_codes=codes[None], key_codes=codes[None],
         )  # fmt: skip
 
     setup.fill(step.cache.layers)

@@ -137,7 +137,8 @@ def tiny_corpus(tones, tmp_path_factory) -> Path:
         path = folder / f"{n}.wav"
         save_audio(path, tones(1.2, 220.0 + 40 * n, 500.0 + 70 * n), SAMPLE_RATE_HZ)
         split = "train" if n < 4 else "validation"
-        clips.append(Clip(path, 1.2, tuple(PROMPTS[n : n + 2]), split, f"piece {n}"))
+        facts = {"tempo_bpm": 60 + 20 * n}
+        clips.append(Clip(path, 1.2, tuple(PROMPTS[n : n + 2]), split, f"piece {n}", facts))
     return write_manifest(folder / "manifest.jsonl", clips)
 
 
@@ -164,6 +165,7 @@ dim_latent = 16
 model = { num_quantizers = 2, codebook_size = 4 }
 [semantic]
 steps = 2
+counts_beats = true
 batch_size = 2
 crop_seconds = 1.0
 text_share = 0.5

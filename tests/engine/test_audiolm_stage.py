@@ -162,7 +162,7 @@ def test_context_is_found_at_its_own_moment(with_opinions):
     stage = with_opinions(build("coarse", depth=1))
     bias = stage.position.relative_attention_bias
     bias.fill_(-100.0)
-    bias[:, 0, 1 + stage.position.num_levels - 1] = 100.0
+    bias[:, stage.position.max_moments, stage.position.num_levels] = 100.0
     stage.position.outside_bias.fill_(-100.0)
     conditioning, context, target = inputs(stage)
     changed = context.clone()

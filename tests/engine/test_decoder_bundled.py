@@ -8,6 +8,7 @@ from musiclm_engine import MusicLM
 from musiclm_engine.generation import DecodeStep, Sampling, decoder_from_stage, derive_seeds
 from musiclm_engine.generation.decode import decode_stage
 from musiclm_engine.generation.ops import KERNELS
+from musiclm_engine.generation.tempo import choose_tempo
 from musiclm_kernels import decode_linear
 
 PROMPTS = ["a slow hymn on a church organ", "a quick jig on a flute"]
@@ -21,29 +22,22 @@ def bundled():
 
 @pytest.fixture(scope="module", params=["semantic", "coarse"])
 def song(request, bundled):
-    """A stage, what it is told, and a song of its own: conditioning, context, tokens."""
+    """A stage, what it is told, and a song of its own: conditioning, context, tokens, tempo."""
     conditioning = bundled.quantizer.encode(bundled.mulan.embed_text(PROMPTS))
     songs, context = {}, None
     for name in ("semantic", "coarse"):
-        stage = getattr(bundled.audiolm, name)
-        songs[name] = (
-            conditioning,
-            context,
-            decode_stage(
-                stage,
-                conditioning=conditioning,
-                context=context,
-                prefix=torch.zeros(2, 0, stage.target_levels, dtype=torch.int64),
-                frames=FRAMES,
-                seeds=derive_seeds(0, count=2),
-                sampling=getattr(bundled.sampling, name),
-            ),
-        )
-        context = songs[name][2]
+        stage, sampling = getattr(bundled.audiolm, name), getattr(bundled.sampling, name)
+        prefix = torch.zeros(2, 0, stage.target_levels, dtype=torch.int64)
+        draw = {"conditioning": conditioning, "prefix": prefix, "sampling": sampling}
+        draw["seeds"] = derive_seeds(0, count=2)
+        tempo = choose_tempo(stage, **draw)
+        tokens = decode_stage(stage, context=context, frames=FRAMES, tempo=tempo, **draw)
+        songs[name] = conditioning, context, tokens, tempo
+        context = tokens
     return getattr(bundled.audiolm, request.param), *songs[request.param]
 
 
-def stepwise_logits(stage, conditioning, context, target, *, cache_dtype=None, **weights):
+def stepwise_logits(stage, conditioning, context, target, tempo, *, cache_dtype=None, **weights):
     """Of each token of the song, one step at a time: [2, N, K]."""
     tokens, logits = target.flatten(1), []
     decoder = decoder_from_stage(stage, **weights)
@@ -66,8 +60,8 @@ def stepwise_logits(stage, conditioning, context, target, *, cache_dtype=None, *
         ops=KERNELS._replace(sample_next_token=note),
     )  # fmt: skip
     with torch.inference_mode():
-        x = stage.prefill(conditioning, context, target[:, :0], step.cache.append)
-        query_codes, key_codes = stage.codes(context_frames, FRAMES)
+        x = stage.prefill(conditioning, context, target[:, :0], step.cache.append, tempo)
+        query_codes, key_codes = stage.codes(context_frames, FRAMES, tempo)
     step.begin(
         x, seeds=torch.zeros(2, dtype=torch.int64), query_codes=query_codes, key_codes=key_codes,
         position=stage.sequence_length(context_frames, 0) - 1,

@@ -24,6 +24,7 @@ CONDITIONING = {"conditioning_size": 8, "conditioning_length": 3}
 STAGES = {
     "semantic": (SemanticTransformer, {"num_semantic_tokens": 12}),
     "gated": (SemanticTransformer, {"num_semantic_tokens": 12, "ff_gated": True}),
+    "with beats": (SemanticTransformer, {"num_semantic_tokens": 12, "frame_rate_hz": 25.0}),
     "coarse": (
         CoarseTransformer,
         {
@@ -71,6 +72,11 @@ def inputs(stage, frames=FRAMES):
     return conditioning, context, draw(stage.target_size, B, frames, stage.target_levels)
 
 
+def tempo_of(stage, rows):
+    """Another for each of B rows, and the same again for rows beyond them."""
+    return None if stage.clock is None else torch.arange(rows) % B * 30
+
+
 class Recorder:
     """Ops that note the logits of each step and draw the tokens they are told."""
 
@@ -106,8 +112,9 @@ def start(stage, context, conditioning, prefix, frames, *, weights=None, seed=0,
         for part in layer[:2]:
             part.copy_(torch.full_like(part, math.nan, dtype=torch.float32).to(part.dtype))
     with torch.inference_mode():
-        x = stage.prefill(conditioning, context, prefix, step.cache.append)
-        query_codes, key_codes = stage.codes(context_frames, frames)
+        tempo = tempo_of(stage, len(prefix))
+        x = stage.prefill(conditioning, context, prefix, step.cache.append, tempo)
+        query_codes, key_codes = stage.codes(context_frames, frames, tempo)
     given = prefix.shape[1]
     step.begin(
         x,
@@ -134,7 +141,8 @@ def stepwise_logits(stage, given=0, ops=KERNELS, frames=FRAMES, **options):
 
 def forward_logits(stage, given=0, frames=FRAMES):
     with torch.no_grad():
-        return stage(*inputs(stage, frames)).flatten(1, 2)[:, given * stage.target_levels :]
+        logits = stage(*inputs(stage, frames), tempo_of(stage, B))
+    return logits.flatten(1, 2)[:, given * stage.target_levels :]
 
 
 # The same logits as the whole sequence at once.
@@ -177,7 +185,9 @@ def test_twins_see_no_condition(stage):
     found = torch.stack(recorder.logits, dim=1)
     with torch.no_grad():
         told, untold = (
-            stage(given, context, target).flatten(1, 2)[:, stage.target_levels :]
+            stage(given, context, target, tempo_of(stage, B)).flatten(1, 2)[
+                :, stage.target_levels :
+            ]
             for given in (conditioning, nothing)
         )
     torch.testing.assert_close(found, torch.cat([told, untold]), rtol=1e-4, atol=1e-4)
@@ -186,12 +196,13 @@ def test_twins_see_no_condition(stage):
 def windowed_forward(stage, window, frames):
     """The stage over a whole sequence, written out: a token sees the `window` newest alone."""
     conditioning, context, target = inputs(stage, frames)
-    x = stage.embed(conditioning, context, target)[:, :-1]
-    q_codes, k_codes = stage.codes(0 if context is None else context.shape[1], frames)
+    tempo = tempo_of(stage, B)
+    x = stage.embed(conditioning, context, target, tempo)[:, :-1]
+    q_codes, k_codes = stage.codes(0 if context is None else context.shape[1], frames, tempo)
     N, heads = x.shape[1], stage.transformer.heads
     table = stage.position.table()
-    index = q_codes[:N, None].long() - k_codes[None, :N] + stage.position.offset
-    bias = table[:, index.clamp(0, table.shape[1] - 1)]
+    index = q_codes[:, :N, None].long() - k_codes[:, None, :N] + stage.position.offset
+    bias = table[:, index.clamp(0, table.shape[1] - 1)].transpose(0, 1)
     age = torch.arange(N)[:, None] - torch.arange(N)
     bias = bias.masked_fill((age < 0) | (age >= window), -math.inf)
     for layer in stage.transformer.layers:
@@ -208,12 +219,14 @@ def windowed_forward(stage, window, frames):
 
 @torch.no_grad()
 @pytest.mark.parametrize("slots", [5, 7])
-def test_a_ring_is_a_window(semantic, slots):
+@pytest.mark.parametrize("name", ["semantic", "with beats"])
+def test_a_ring_is_a_window(with_opinions, name, slots):
     """Twenty frames through a cache of a few slots: each token sees that many, itself included."""
-    found = stepwise_logits(semantic, frames=20, slots=slots)
-    wanted = windowed_forward(semantic, slots, 20)
+    stage = build(name, with_opinions)
+    found = stepwise_logits(stage, frames=20, slots=slots)
+    wanted = windowed_forward(stage, slots, 20)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found, forward_logits(semantic, frames=20), atol=1e-2)
+    assert not torch.allclose(found, forward_logits(stage, frames=20), atol=1e-2)
 
 
 @torch.no_grad()
@@ -291,9 +304,10 @@ def test_begin_forgets_what_was(stage):
         used()
     used.buffers.finished.fill_(True)
     with torch.inference_mode():
-        x = stage.prefill(conditioning, context, target[:, :1], used.cache.append)
+        tempo = tempo_of(stage, B)
+        x = stage.prefill(conditioning, context, target[:, :1], used.cache.append, tempo)
         context_frames = 0 if context is None else context.shape[1]
-        query_codes, key_codes = stage.codes(context_frames, FRAMES)
+        query_codes, key_codes = stage.codes(context_frames, FRAMES, tempo)
     used.begin(
         x,
         seeds=derive_seeds(0, count=B),
@@ -469,13 +483,13 @@ def test_steps_that_are_none_are_refused(semantic, options, message):
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, r"seeds is \(3,\), wanted \(2,\)"),
         ({"position": 9}, "number is 0 and position 9, wanted number <= position < 9"),
         ({"number": 4}, "number is 4 and position 3"),
-        ({"query_codes": None}, r"query_codes is None, wanted \(9,\)"),
-        ({"key_codes": torch.zeros(8)}, r"key_codes is \(8,\), wanted \(9,\)"),
+        ({"query_codes": None}, r"query_codes is None, wanted \(1, 9\)"),
+        ({"key_codes": torch.zeros(2, 8)}, r"key_codes is \(2, 8\), wanted \(1, 9\) or \(2, 9\)"),
     ],
 )
 def test_beginnings_of_another_shape_are_refused(semantic, changes, message):
     step = DecodeStep(decoder_from_stage(semantic), rows=2, length=9, sampling=Sampling())
-    codes = torch.zeros(9, dtype=torch.int32)
+    codes = torch.zeros(1, 9, dtype=torch.int32)
     given = {
         "x": torch.zeros(2, 32),
         "seeds": torch.zeros(2, dtype=torch.int64),
@@ -492,7 +506,7 @@ def test_a_full_sequence_is_refused(semantic):
     step = DecodeStep(decoder_from_stage(semantic), rows=2, length=2, sampling=Sampling())
     with pytest.raises(RuntimeError, match="the sequence holds 2 tokens: begin another"):
         step()
-    codes = torch.zeros(2, dtype=torch.int32)
+    codes = torch.zeros(1, 2, dtype=torch.int32)
     step.begin(
         torch.zeros(2, 32), seeds=torch.zeros(2, dtype=torch.int64), position=0,
         query_codes=codes, key_codes=codes,

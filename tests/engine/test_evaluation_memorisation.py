@@ -109,9 +109,9 @@ def test_a_stage_that_knows_its_clips_by_heart_is_found_out(
     known = {tuple(row.tolist()): n for n, row in enumerate(trained.conditioning)}
     calls = []
 
-    def recite(stage, *, conditioning, context, prefix, frames, seeds, sampling):
+    def recite(stage, *, conditioning, context, prefix, frames, seeds, sampling, tempo):
         """Clips it was trained on, and for others always the same token."""
-        assert stage is tiny_musiclm.audiolm.semantic and context is None
+        assert stage is tiny_musiclm.audiolm.semantic and context is tempo is None
         calls.append((sampling.temperature, sampling.top_k, len(seeds), prefix.shape[1]))
         rows = []
         for own, given in zip(conditioning, prefix, strict=True):

@@ -3,13 +3,14 @@
 import os
 import shutil
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from musiclm_engine import SoundStream
 from musiclm_engine.audio import load_audio
-from musiclm_engine.checkpoint import CheckpointError, read_tensors
+from musiclm_engine.checkpoint import CheckpointError, read_tensors, write_tensors
 from musiclm_engine.data.manifest import ManifestError, load_manifest
 from musiclm_engine.generation import Sampling, Windows
 from musiclm_engine.training.bundle import bundle_run
@@ -222,6 +223,7 @@ def cache():
         audio_conditioning=(clip // 1000).repeat(1, 2),
         text_conditioning=torch.tensor([[10, 10], [10, 11], [11, 0], [12, 0], [13, 0]]).short(),
         first_caption=torch.tensor([0, 2, 3, 4, 5]),
+        tempo_bpm=torch.tensor([60.0, 61.0, 62.0, 63.0]),
     )
 
 
@@ -230,20 +232,21 @@ ASK = {"size": 32, "frames": 8, "stride": 2, "text_share": 0.5, "seed": 0}
 
 def test_a_batch_of_tokens_is_a_function_of_seed_and_step(cache):
     batch = cache.batch(**ASK, step=5)
-    assert [tuple(rows.shape) for rows in batch] == [(32, 2), (32, 4), (32, 8, 3)]
-    assert all(rows.dtype == torch.int64 for rows in batch)
+    assert [tuple(rows.shape) for rows in batch] == [(32, 2), (32, 4), (32, 8, 3), (32,)]
+    assert all(rows.dtype == torch.int64 for rows in batch[:3])
     assert all(torch.equal(a, b) for a, b in zip(batch, cache.batch(**ASK, step=5), strict=True))
     assert not torch.equal(batch[1], cache.batch(**ASK, step=6)[1])
     assert not torch.equal(batch[1], cache.batch(**{**ASK, "seed": 1}, step=5)[1])
 
 
 def test_all_tokens_of_a_row_are_of_one_clip_and_moment(cache):
-    conditioning, semantic, acoustic = cache.batch(**ASK, step=0)
+    conditioning, semantic, acoustic, tempo_bpm = cache.batch(**ASK, step=0)
     assert torch.equal(acoustic[:, ::2, 0], semantic)
     assert torch.equal(acoustic[:, 1::2, 2], semantic)
     assert (semantic.diff(dim=1) == 1).all()
     clips = semantic[:, 0] // 1000
     assert torch.equal(conditioning[:, 0] % 10, clips)
+    assert torch.equal(tempo_bpm, 60.0 + clips)
     from_text = conditioning[:, 0] >= 10
     assert 5 < from_text.sum() < 27
     starts = semantic[:, 0] % 1000
@@ -251,14 +254,14 @@ def test_all_tokens_of_a_row_are_of_one_clip_and_moment(cache):
 
 
 def test_every_caption_of_a_clip_is_drawn(cache):
-    conditioning, semantic, _ = cache.batch(**{**ASK, "size": 200, "text_share": 1.0}, step=0)
+    conditioning, semantic, *_ = cache.batch(**{**ASK, "size": 200, "text_share": 1.0}, step=0)
     first = conditioning[semantic[:, 0] // 1000 == 0]
     assert {tuple(row) for row in first.tolist()} == {(10, 10), (10, 11)}
 
 
 @pytest.mark.parametrize("share, lowest", [(0.0, 0), (1.0, 10)])
 def test_text_share_at_its_ends(cache, share, lowest):
-    conditioning, _, _ = cache.batch(**{**ASK, "text_share": share}, step=0)
+    conditioning, *_ = cache.batch(**{**ASK, "text_share": share}, step=0)
     assert (conditioning[:, 0] // 10 == lowest // 10).all()
 
 
@@ -273,6 +276,9 @@ def test_a_token_cache_comes_back(cache, tmp_path):
     cache.save(tmp_path / "train.safetensors")
     again = TokenCache.load(tmp_path / "train.safetensors")
     assert all(torch.equal(value, vars(cache)[name]) for name, value in vars(again).items())
+    write_tensors(tmp_path / "old.safetensors", {"semantic": cache.semantic})
+    with pytest.raises(ValueError, match="old.safetensors is of another version: remove it"):
+        TokenCache.load(tmp_path / "old.safetensors")
 
 
 # A whole set.
@@ -289,6 +295,7 @@ def test_seven_models_are_trained_and_make_music(trained, tiny_config, tmp_path)
         assert {"train/loss", "validation/loss"} <= figures.keys()
     assert 0 <= told["mulan"][-1][3]["validation/retrieval_auc"] <= 1
     assert {"validation/level_0", "validation/level_1"} <= told["coarse"][-1][3].keys()
+    assert "validation/tempo" in told["semantic"][-1][3]
     assert [what for what, *_ in told["semantic"]].count("tokens") == 2  # of both splits, once
     assert not any(what == "tokens" for what, *_ in told["fine"])
 
@@ -326,6 +333,7 @@ def test_token_caches_are_the_models_own_tokens(trained, tiny_corpus):
     assert torch.equal(cache.text_conditioning.long(), parts["quantizer"].encode(texts))
     assert torch.equal(cache.audio_conditioning.long(), parts["quantizer"].encode(sounds))
     assert cache.first_caption.tolist() == [0, 2, 4, 6, 8]
+    assert cache.tempo_bpm.tolist() == [60.0, 80.0, 100.0, 120.0]
 
 
 @pytest.mark.parametrize("name", ["codec", "mulan"])
@@ -365,15 +373,65 @@ def test_tokens_older_than_their_makers_are_made_again(trained, tiny_config, tin
     assert path.stat().st_mtime > 0
 
 
-def test_a_longer_crop_than_the_clips_is_refused(trained, tiny_config, tiny_corpus, tmp_path):
-    run_dir, _ = trained
-    path = tmp_path / "long.toml"
-    path.write_text(tiny_config.read_text().replace("crop_seconds = 0.2", "crop_seconds = 9.0"))
-    (tmp_path / "run").mkdir()
-    for name in (*MODELS[:4], "tokens"):
-        (tmp_path / "run" / name).symlink_to(run_dir / name)
+@pytest.fixture
+def beside(trained, tiny_config, tmp_path):
+    """beside(old, new): another configuration, and a run that has all but the stages."""
+
+    def make(old, new):
+        text = tiny_config.read_text()
+        assert old in text
+        (tmp_path / "other.toml").write_text(text.replace(old, new))
+        (tmp_path / "run").mkdir()
+        for name in (*MODELS[:4], "tokens"):
+            (tmp_path / "run" / name).symlink_to(trained[0] / name)
+        return tmp_path / "other.toml", tmp_path / "run"
+
+    return make
+
+
+def test_every_other_batch_may_be_of_short_crops(beside, tiny_corpus, monkeypatch):
+    config, run_dir = beside("[semantic]\nsteps = 2", "[semantic]\nsteps = 3\nshort_crops = 5")
+    batches, batch = [], TokenCache.batch
+
+    def drawn(cache, *, size, frames, **others):
+        batches.append((size, frames))
+        return batch(cache, size=size, frames=frames, **others)
+
+    monkeypatch.setattr(TokenCache, "batch", drawn)
+    train_one("semantic", config, tiny_corpus, run_dir)
+    whole, short = (2, 25), (10, 5)  # crops, frames
+    assert batches[:3] == [whole, short, whole] and set(batches[3:]) == {whole}
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "true"])
+def test_short_crops_that_are_no_number_of_crops_are_refused(beside, tiny_corpus, value):
+    config, run_dir = beside("[coarse]", f"[coarse]\nshort_crops = {value}")
+    with pytest.raises(
+        ConfigError, match=r"\[coarse\] has short_crops = .*, wanted a whole number"
+    ):
+        train_one("coarse", config, tiny_corpus, run_dir)
+
+
+def test_beats_need_clips_of_known_tempo(beside, tiny_corpus):
+    config, run_dir = beside("counts_beats = true", "counts_beats = true  # and no tempo")
+    tokens = run_dir / "tokens"
+    made = tokens.resolve()
+    tokens.unlink()
+    tokens.mkdir()
+    for path in made.iterdir():
+        cache = TokenCache.load(path)
+        replace(cache, tempo_bpm=torch.zeros_like(cache.tempo_bpm)).save(tokens / path.name)
+    with pytest.raises(ConfigError, match="counts_beats = true, wanted false for clips without"):
+        train_one("semantic", config, tiny_corpus, run_dir)
+    config.write_text(config.read_text().replace("counts_beats = true", "counts_beats = false"))
+    train_one("semantic", config, tiny_corpus, run_dir)
+    train_one("coarse", config, tiny_corpus, run_dir)  # which counts frames
+
+
+def test_a_longer_crop_than_the_clips_is_refused(beside, tiny_corpus):
+    config, run_dir = beside("crop_seconds = 0.2", "crop_seconds = 9.0")
     with pytest.raises(ValueError, match="a crop is 225 frames, wanted 1 to 30"):
-        train_one("fine", path, tiny_corpus, tmp_path / "run")
+        train_one("fine", config, tiny_corpus, run_dir)
 
 
 def test_what_was_not_trained_before_is_named(tiny_config, tiny_corpus, tmp_path):

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from musiclm_engine.audiolm.beat_clock import NUM_TEMPI, BeatClock
 from musiclm_engine.audiolm.position import OUTSIDE_TIME, TimeLevelBias
 from musiclm_engine.audiolm.residual_embedding import ResidualEmbedding
 from musiclm_engine.audiolm.transformer import Store, Transformer
@@ -21,7 +22,8 @@ class Stage(nn.Module):
 
     The output above a token predicts the next one, so a query carries the position code of the
     token it predicts and a key the code of its own token: the token of frame t at level l and
-    what the context holds at t always meet in the same entry of the bias table.
+    what the context holds at t always meet in the same entry of the bias table. With a clock a
+    tempo follows c_M, and positions are counted in its beats (`BeatClock`).
 
     Args:
         conditioning_size: values of a conditioning token; one more id, `null`, stands for none.
@@ -33,6 +35,7 @@ class Stage(nn.Module):
         target_size: K, values of a target token.
         target_levels: Lt, tokens in a frame of target.
         max_frames: of target or of context (in target frames) in a sequence.
+        frame_rate_hz: of the target, for a stage with a clock; None for one without.
         dim, depth, heads, dim_head, ff_mult, dropout: of the transformer.
         ff_gated: its feed-forward layers are gated ones.
         condition_drop_prob: share of training rows that see `null`, for classifier-free guidance.
@@ -52,6 +55,7 @@ class Stage(nn.Module):
         target_size: int,
         target_levels: int,
         max_frames: int = 512,
+        frame_rate_hz: float | None = None,
         dim: int = 512,
         depth: int = 6,
         heads: int = 8,
@@ -62,6 +66,8 @@ class Stage(nn.Module):
         condition_drop_prob: float = 0.1,
     ) -> None:
         super().__init__()
+        if frame_rate_hz is not None and conditioning_length == 0:
+            raise ValueError("conditioning_length is 0, wanted conditioning that tells the tempo")
         self.conditioning_size = conditioning_size
         self.conditioning_length = conditioning_length
         self.context_size = context_size
@@ -69,6 +75,7 @@ class Stage(nn.Module):
         self.context_stride = context_stride
         self.target_size = target_size
         self.target_levels = target_levels
+        self.max_frames = max_frames
         self.condition_drop_prob = condition_drop_prob
         self.null = conditioning_size
         self.condition_embedding = ResidualEmbedding(
@@ -79,7 +86,9 @@ class Stage(nn.Module):
         self.start_token = nn.Parameter(torch.randn(dim) * 0.02)
         for embedding in (self.context_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
-        self.position = TimeLevelBias(heads, context_levels + target_levels, max_frames)
+        self.clock = None if frame_rate_hz is None else BeatClock(frame_rate_hz, dim)
+        moments = max_frames if self.clock is None else self.clock.span(max_frames)
+        self.position = TimeLevelBias(heads, context_levels + target_levels, moments)
         self.transformer = Transformer(
             dim=dim,
             depth=depth,
@@ -97,46 +106,61 @@ class Stage(nn.Module):
 
     # The sequence: its embeddings and its position codes.
 
+    @property
+    def outside_time(self) -> int:
+        """Tokens that have no moment: the conditioning, the tempo of a clock, the start."""
+        return self.conditioning_length + (self.clock is not None) + 1
+
     def sequence_length(self, context_frames: int, target_frames: int) -> int:
         """Tokens of a whole sequence, its start token included."""
         return (
-            self.conditioning_length
+            self.outside_time
             + context_frames * self.context_levels
-            + 1
             + target_frames * self.target_levels
         )
 
-    def codes(self, context_frames: int, target_frames: int) -> tuple[Tensor, Tensor]:
-        """Position codes (of what each token predicts, of each token), both [N] int32."""
+    def codes(
+        self, context_frames: int, target_frames: int, tempo: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Position codes (of what each token predicts, of each token), both [R, N] int32: R = B with
+        a clock, whose rows have tempi [B] of their own, and 1 without."""
         device = self.start_token.device
         self.check_span(max(context_frames * self.context_stride, target_frames))
-        context = self._frame_codes(
-            context_frames, self.context_levels, stride=self.context_stride, first_level=0
+        context = self._codes(
+            torch.arange(context_frames, device=device) * self.context_stride,
+            range(self.context_levels),
+            tempo,
         )
-        target = self._frame_codes(
-            target_frames, self.target_levels, stride=1, first_level=self.context_levels
-        )
-        outside = torch.full(
-            (self.conditioning_length,), OUTSIDE_TIME, device=device, dtype=torch.int32
-        )
-        keys = torch.cat([outside, context, outside.new_full((1,), OUTSIDE_TIME), target])
-        queries = torch.cat([outside.new_zeros(len(outside)), context, target])
         # The last token predicts what comes after the sequence: the next frame's first level.
-        after = self.position.code(
-            torch.tensor([target_frames], device=device), self.context_levels
-        )
-        return torch.cat([queries, after]), keys
+        levels = range(self.context_levels, self.context_levels + self.target_levels)
+        after = self._codes(torch.arange(target_frames + 1, device=device), levels, tempo)
+        after = after[:, : 1 + target_frames * self.target_levels]
+        outside = after.new_full((len(after), self.outside_time), OUTSIDE_TIME)
+        given, start = outside[:, :-1], outside[:, -1:]
+        queries = torch.cat([torch.zeros_like(given), context, after], dim=1)
+        return queries, torch.cat([given, context, start, after[:, :-1]], dim=1)
 
-    def _frame_codes(self, frames: int, levels: int, *, stride: int, first_level: int) -> Tensor:
-        device = self.start_token.device
-        moment = torch.arange(frames, device=device)[:, None] * stride
-        level = torch.arange(first_level, first_level + levels, device=device)
-        return self.position.code(moment, level).reshape(-1)
+    def _codes(self, frames: Tensor, levels: range, tempo: Tensor | None) -> Tensor:
+        """[R, frames levels] int32."""
+        if self.clock is not None and tempo is not None:
+            moments = self.clock.moments(frames, tempo)
+        else:
+            moments = frames[None]
+        level = torch.arange(levels.start, levels.stop, device=frames.device)
+        return self.position.code(moments[:, :, None], level).flatten(1)
 
-    def embed(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
-        """[B, M], [B, Tc, Lc] or None, [B, T, Lt] -> [B, N, dim]."""
+    def embed(
+        self,
+        conditioning: Tensor,
+        context: Tensor | None,
+        target: Tensor,
+        tempo: Tensor | None = None,
+    ) -> Tensor:
+        """[B, M], [B, Tc, Lc] or None, [B, T, Lt], [B] with a clock -> [B, N, dim]."""
         B = len(target)
         parts = [self.condition_embedding(conditioning)]
+        if self.clock is not None and tempo is not None:
+            parts.append(self.clock.embedding(tempo)[:, None])
         if context is not None:
             tokens = self._embed(self.context_embedding, context, self.context_size)
             parts.append(rearrange(tokens, "b t l d -> b (t l) d"))
@@ -152,110 +176,162 @@ class Stage(nn.Module):
 
     # Training: all predictions at once.
 
-    def forward(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        conditioning: Tensor,
+        context: Tensor | None,
+        target: Tensor,
+        tempo: Tensor | None = None,
+    ) -> Tensor:
         """Predict every token of target from all before it.
 
         Args:
             conditioning: [B, M] int64, values below conditioning_size or equal to `null`.
             context: [B, Tc, Lc] int64, or None for a stage without context.
             target: [B, T, Lt] int64.
+            tempo: [B] int64 tokens (`tempo_tokens`) for a stage with a clock, else None.
 
         Returns:
             logits [B, T, Lt, K].
         """
-        self.check(conditioning, context, target)
+        self.check(conditioning, context, target, tempo)
         context_frames = 0 if context is None else context.shape[1]
-        x = self.embed(conditioning, context, target)[:, :-1]
-        q_codes, k_codes = self.codes(context_frames, target.shape[1])
-        hidden = self.transformer(
-            x,
-            table=self.position.table(),
-            offset=self.position.offset,
-            q_codes=q_codes[:-1],
-            k_codes=k_codes[:-1],
-        )
+        x = self.embed(conditioning, context, target, tempo)[:, :-1]
+        q_codes, k_codes = self.codes(context_frames, target.shape[1], tempo)
+        hidden = self._transform(x, q_codes[:, :-1], k_codes[:, :-1])
         first = self.sequence_length(context_frames, 0) - 1
         hidden = rearrange(hidden[:, first:], "b (t l) d -> b t l d", l=self.target_levels)
         return torch.einsum("btld,lkd->btlk", hidden, self.logit_weights)
 
-    def loss(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> Tensor:
+    def loss(
+        self,
+        conditioning: Tensor,
+        context: Tensor | None,
+        target: Tensor,
+        tempo: Tensor | None = None,
+    ) -> Tensor:
         """Cross-entropy by level, [Lt], in nats; in training some rows lose their conditioning."""
-        if self.training and self.condition_drop_prob > 0:
-            dropped = torch.rand(len(target), 1, device=target.device) < self.condition_drop_prob
-            conditioning = torch.where(dropped, self.null, conditioning)
-        logits = self(conditioning, context, target)
+        logits = self(self._dropped(conditioning), context, target, tempo)
         losses = F.cross_entropy(
             rearrange(logits, "b t l k -> (b t l) k").float(), target.reshape(-1), reduction="none"
         )
         return losses.view(-1, self.target_levels).mean(0)
 
+    def tempo_logits(self, conditioning: Tensor) -> Tensor:
+        """[B, M] -> [B, NUM_TEMPI]: the tempo that follows the conditioning, where there is a clock."""
+        if self.clock is None:
+            raise ValueError("this stage has no clock")
+        self._check_conditioning(conditioning, len(conditioning))
+        x = self.condition_embedding(conditioning)
+        codes = torch.full((1, x.shape[1]), OUTSIDE_TIME, device=x.device, dtype=torch.int32)
+        hidden = self._transform(x, torch.zeros_like(codes), codes)
+        return F.linear(hidden[:, -1], self.clock.logit_weights)
+
+    def tempo_loss(self, conditioning: Tensor, tempo: Tensor) -> Tensor:
+        """Cross-entropy of tempi [B], in nats; in training some rows lose their conditioning."""
+        return F.cross_entropy(self.tempo_logits(self._dropped(conditioning)).float(), tempo)
+
+    def _dropped(self, conditioning: Tensor) -> Tensor:
+        if not self.training or self.condition_drop_prob == 0:
+            return conditioning
+        chance = torch.rand(len(conditioning), 1, device=conditioning.device)
+        return torch.where(chance < self.condition_drop_prob, self.null, conditioning)
+
+    def _transform(
+        self, x: Tensor, q_codes: Tensor, k_codes: Tensor, store: Store | None = None
+    ) -> Tensor:
+        return self.transformer(
+            x,
+            table=self.position.table(),
+            offset=self.position.offset,
+            q_codes=q_codes,
+            k_codes=k_codes,
+            store=store,
+        )
+
     # Decoding: all that is given at once, then one token at a time (`generation`).
 
     def prefill(
-        self, conditioning: Tensor, context: Tensor | None, prefix: Tensor, store: Store
+        self,
+        conditioning: Tensor,
+        context: Tensor | None,
+        prefix: Tensor,
+        store: Store,
+        tempo: Tensor | None = None,
     ) -> Tensor:
         """Take in all that is given but its last token, with which decoding begins.
 
         Args:
-            conditioning, context: as in `forward`.
+            conditioning, context, tempo: as in `forward`.
             prefix: [B, P, Lt] target frames that are given, P >= 0.
             store: see `Transformer.forward`.
 
         Returns:
             [B, dim], the embedding of the last token given: of prefix, or the start token.
         """
-        self.check(conditioning, context, prefix)
+        self.check(conditioning, context, prefix, tempo)
         context_frames = 0 if context is None else context.shape[1]
-        x = self.embed(conditioning, context, prefix)
-        q_codes, k_codes = self.codes(context_frames, prefix.shape[1])
+        x = self.embed(conditioning, context, prefix, tempo)
+        q_codes, k_codes = self.codes(context_frames, prefix.shape[1], tempo)
         if x.shape[1] > 1:
-            self.transformer(
-                x[:, :-1],
-                table=self.position.table(),
-                offset=self.position.offset,
-                q_codes=q_codes[:-1],
-                k_codes=k_codes[:-1],
-                store=store,
-            )
+            self._transform(x[:, :-1], q_codes[:, :-1], k_codes[:, :-1], store)
         return x[:, -1]
 
     def check_span(self, frames: int) -> None:
         """Refuse a sequence that the bias table does not reach across."""
-        if frames > self.position.max_frames:
+        if frames > self.max_frames:
             raise ValueError(
-                f"a sequence of {frames} frames is longer than max_frames {self.position.max_frames}"
+                f"a sequence of {frames} frames is longer than max_frames {self.max_frames}"
             )
 
-    def check(self, conditioning: Tensor, context: Tensor | None, target: Tensor) -> None:
+    def check(
+        self,
+        conditioning: Tensor,
+        context: Tensor | None,
+        target: Tensor,
+        tempo: Tensor | None = None,
+    ) -> None:
         """Refuse tokens that are not of this stage's form."""
         B = len(target)
-        if tuple(conditioning.shape) != (B, self.conditioning_length):
-            raise ValueError(
-                f"conditioning is {tuple(conditioning.shape)}, "
-                f"wanted [{B}, {self.conditioning_length}]"
-            )
+        self._check_conditioning(conditioning, B)
         if (context is None) != (self.context_levels == 0):
             raise ValueError(
                 f"context is {'missing' if context is None else 'given'}, "
                 f"this stage has {self.context_levels} levels of it"
             )
-        for name, tokens, levels in (
-            ("context", context, self.context_levels),
-            ("target", target, self.target_levels),
+        if (tempo is None) != (self.clock is None):
+            raise ValueError(
+                f"tempo is {'missing' if tempo is None else 'given'}, "
+                f"this stage has {'no' if self.clock is None else 'a'} clock"
+            )
+        for name, tokens, levels, size in (
+            ("context", context, self.context_levels, self.context_size),
+            ("target", target, self.target_levels, self.target_size),
         ):
             if tokens is None:
                 continue
             if tokens.dim() != 3 or tokens.shape[0] != B or tokens.shape[2] != levels:
                 raise ValueError(f"{name} is {tuple(tokens.shape)}, wanted [{B}, frames, {levels}]")
-        for name, tokens, size in (
-            ("conditioning", conditioning, self.conditioning_size + 1),
-            ("context", context, self.context_size),
-            ("target", target, self.target_size),
-        ):
-            # The embeddings of the levels lie one after another: a token too large would silently
-            # read its neighbour's. Only on the CPU: elsewhere the look would synchronise.
-            if tokens is None or tokens.numel() == 0 or tokens.device.type != "cpu":
-                continue
-            lowest, highest = (int(token) for token in tokens.aminmax())
-            if lowest < 0 or highest >= size:
-                raise ValueError(f"{name} spans {lowest} to {highest}, wanted 0 to {size - 1}")
+            _check_values(name, tokens, size)
+        if tempo is not None:
+            if tuple(tempo.shape) != (B,):
+                raise ValueError(f"tempo is {tuple(tempo.shape)}, wanted [{B}]")
+            _check_values("tempo", tempo, NUM_TEMPI)
+
+    def _check_conditioning(self, conditioning: Tensor, rows: int) -> None:
+        if tuple(conditioning.shape) != (rows, self.conditioning_length):
+            raise ValueError(
+                f"conditioning is {tuple(conditioning.shape)}, "
+                f"wanted [{rows}, {self.conditioning_length}]"
+            )
+        _check_values("conditioning", conditioning, self.conditioning_size + 1)
+
+
+def _check_values(name: str, tokens: Tensor, size: int) -> None:
+    # The embeddings of the levels lie one after another: a token too large would silently read its
+    # neighbour's. Only on the CPU: elsewhere the look would synchronise.
+    if tokens.numel() == 0 or tokens.device.type != "cpu":
+        return
+    lowest, highest = (int(token) for token in tokens.aminmax())
+    if lowest < 0 or highest >= size:
+        raise ValueError(f"{name} spans {lowest} to {highest}, wanted 0 to {size - 1}")

@@ -12,6 +12,8 @@ class SemanticTransformer(Stage):
         num_semantic_tokens: values of a semantic token.
         conditioning_size: values of a MuLan token.
         conditioning_length: MuLan tokens in front of the sequence, one for each of its quantisers.
+        frame_rate_hz: semantic tokens a second, for a stage that counts time in beats of a tempo
+            (`BeatClock`); None for one that counts frames.
         transformer: conditioning_dim, dim, depth, heads, dim_head, ff_mult, ff_gated, dropout,
             max_frames and condition_drop_prob, see `Stage`.
     """
@@ -22,11 +24,13 @@ class SemanticTransformer(Stage):
         num_semantic_tokens: int,
         conditioning_size: int,
         conditioning_length: int,
+        frame_rate_hz: float | None = None,
         **transformer: Any,
     ) -> None:
         super().__init__(
             conditioning_size=conditioning_size,
             conditioning_length=conditioning_length,
+            frame_rate_hz=frame_rate_hz,
             target_size=num_semantic_tokens,
             target_levels=1,
             **transformer,
@@ -35,6 +39,7 @@ class SemanticTransformer(Stage):
             "num_semantic_tokens": num_semantic_tokens,
             "conditioning_size": conditioning_size,
             "conditioning_length": conditioning_length,
+            "frame_rate_hz": frame_rate_hz,
             **transformer,
         }
 

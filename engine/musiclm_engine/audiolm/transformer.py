@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         Args:
             x: [B, N, D] embeddings.
             table, offset: the bias, see `TimeLevelBias`.
-            q_codes, k_codes: [N] int32 position codes.
+            q_codes, k_codes: [1 or B, N] int32 position codes.
             store: called with each layer's number, keys and values, both [B, H, N, d].
 
         Returns:
@@ -143,8 +143,8 @@ class Transformer(nn.Module):
                 x,
                 table=table,
                 offset=offset,
-                q_codes=q_codes[None],
-                k_codes=k_codes[None],
+                q_codes=q_codes,
+                k_codes=k_codes,
                 store=None if store is None else partial(store, number),
             )
         return self.norm(x)

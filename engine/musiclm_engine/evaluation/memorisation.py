@@ -22,6 +22,7 @@ from musiclm_engine.evaluation.packages import import_library
 from musiclm_engine.generation import derive_seeds
 from musiclm_engine.generation.decode import decode_stage
 from musiclm_engine.generation.evaluation_mode import evaluation_mode
+from musiclm_engine.generation.tempo import choose_tempo
 from musiclm_engine.musiclm import MusicLM
 
 CONTINUED_SECONDS = 5.0
@@ -85,6 +86,10 @@ def judge_memorisation(
                 )
         targets = trained.semantic[:, start : start + length].numpy()
         threshold = match_threshold(targets, trained.pieces, distances)
+        tempi = {  # which a stage with a clock hears in what is given: that takes a while
+            kind: _choose_tempo(model, clips, start=start, seed=seed)
+            for kind, clips in (("trained", trained), ("held_out", held_out))
+        }
         for is_greedy in (False, True):
             row: dict[str, Any] = {
                 "prompt_seconds": prompt_seconds,
@@ -94,7 +99,13 @@ def judge_memorisation(
             for kind, clips in (("trained", trained), ("held_out", held_out)):
                 true = clips.semantic[:, start : start + length].numpy()
                 made = _continue(
-                    model, clips, start=start, length=length, seed=seed, is_greedy=is_greedy
+                    model,
+                    clips,
+                    start=start,
+                    length=length,
+                    seed=seed,
+                    is_greedy=is_greedy,
+                    tempo=tempi[kind],
                 ).numpy()
                 costs = [transport_cost(a, b, distances) for a, b in zip(made, true, strict=True)]
                 row[f"{kind}_exact"] = float((made == true).all(1).mean())
@@ -155,15 +166,40 @@ def _distances(centroids: Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
+def _choose_tempo(model: MusicLM, clips: Continued, *, start: int, seed: int) -> Tensor | None:
+    """[n], or None for a stage without a clock."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        return choose_tempo(
+            model.audiolm.semantic,
+            conditioning=clips.conditioning.to(device),
+            prefix=clips.semantic[:, :start, None].to(device),
+            seeds=_seeds(clips, seed).to(device),
+            sampling=model.sampling.semantic,
+        )
+
+
+def _seeds(clips: Continued, seed: int) -> Tensor:
+    return derive_seeds(seed, "memorisation", count=len(clips.semantic))
+
+
+@torch.inference_mode()
 def _continue(
-    model: MusicLM, clips: Continued, *, start: int, length: int, seed: int, is_greedy: bool
+    model: MusicLM,
+    clips: Continued,
+    *,
+    start: int,
+    length: int,
+    seed: int,
+    is_greedy: bool,
+    tempo: Tensor | None,
 ) -> Tensor:
     """`length` tokens [n, length] after the first `start` of each clip."""
     sampling = model.sampling.semantic
     if is_greedy:
         sampling = replace(sampling, temperature=0.0)
     device = next(model.parameters()).device
-    seeds = derive_seeds(seed, "memorisation", count=len(clips.semantic))
+    seeds = _seeds(clips, seed)
     made = []
     with evaluation_mode(model):
         for first in range(0, len(seeds), ROWS_PER_BATCH):
@@ -176,6 +212,7 @@ def _continue(
                 frames=start + length,
                 seeds=seeds[rows].to(device),
                 sampling=sampling,
+                tempo=None if tempo is None else tempo[rows],
             )
             made.append(tokens[:, start:, 0].cpu())
     return torch.cat(made)

@@ -9,6 +9,7 @@ from torch import Tensor
 from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.generation.sampling import Sampling
 from musiclm_engine.generation.stage_steps import Decoding, StageSteps, checked_decoding
+from musiclm_engine.generation.tempo import choose_tempo
 
 Progress = Callable[[int], None]  # called with the number of tokens a row has gained
 
@@ -23,6 +24,7 @@ def decode_stage(
     frames: int,
     seeds: Tensor,
     sampling: Sampling,
+    tempo: Tensor | None = None,
     capacity: int | None = None,
     decoding: Decoding | None = None,
     steps: StageSteps | None = None,
@@ -41,6 +43,7 @@ def decode_stage(
         frames: T >= P.
         seeds: [B] int64. A row's tokens depend on its seed, its inputs and nothing else.
         sampling: settings of the draw.
+        tempo: [B] int64, for a stage with a clock; chosen here if None (`choose_tempo`).
         capacity: frames, of context and of target, that the buffers are made for; T if None.
             Steps of equal capacity are the same launches, and a GPU's sums round alike in them.
         decoding: precision, and how a step runs.
@@ -55,8 +58,12 @@ def decode_stage(
         TypeError: decoding is no `Decoding`.
     """
     B, given, levels = prefix.shape
-    stage.check(conditioning, context, prefix)
     check_seeds(seeds)
+    if tempo is None:
+        tempo = choose_tempo(
+            stage, conditioning=conditioning, prefix=prefix, seeds=seeds, sampling=sampling
+        )
+    stage.check(conditioning, context, prefix, tempo)
     decoding = checked_decoding(decoding)
     if frames < given:
         raise ValueError(f"frames is {frames}, wanted at least the {given} of prefix")
@@ -78,10 +85,11 @@ def decode_stage(
             conditioning = torch.cat([conditioning, unconditional])
             context = None if context is None else context.repeat(2, 1, 1)
             prefix = prefix.repeat(2, 1, 1)
-        x = stage.prefill(conditioning, context, prefix, step.cache.append)
+            tempo = None if tempo is None else tempo.repeat(2)
+        x = stage.prefill(conditioning, context, prefix, step.cache.append, tempo)
         query_codes, key_codes = (
-            F.pad(codes, (0, step.length - len(codes)))
-            for codes in stage.codes(context_frames, frames)
+            F.pad(codes, (0, step.length - codes.shape[1]))
+            for codes in stage.codes(context_frames, frames, tempo)
         )
         step.begin(
             x,

@@ -160,7 +160,7 @@ def _identity(stage: Stage) -> Hashable:
     What is written through `.data` or in inference mode is not counted: there the sums tell. They
     are read back at once, so a GPU is waited for once a window.
     """
-    weights = [*stage.parameters(), *stage.buffers()]
+    weights = list(stage.parameters())
     with torch.no_grad():
         parts = [part for weight in weights for part in weight.flatten().split(SUMMED_AT_ONCE)]
         sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])

@@ -17,8 +17,8 @@ from musiclm_engine.generation.sampling import Sampling
 COMPILED_BLOCK = 128  # slots by which a compiled step's view of the cache grows
 ALIGNED = 4  # int32 values in 16 bytes, where a row of the clock begins
 
-# Rows of the clock, which holds what changes with every token: R values each, but for the last.
-POSITION, LENGTH, QUERY_CODE, SLOT_AND_CODE = range(4)
+# Rows of the clock, which holds what changes with every token: R values each.
+POSITION, LENGTH, QUERY_CODE, KEY_CODE, SLOT = CLOCK_ROWS = range(5)
 
 
 class StepBuffers(NamedTuple):
@@ -27,10 +27,10 @@ class StepBuffers(NamedTuple):
     Attributes:
         x: [R, D] or [R, s, D] float32, the embeddings of the tokens to take in.
         layers: of the cache.
-        k_codes: [1, S] int32, or None without a table.
+        k_codes: [R, S] int32, or None without a table.
         step: () int64, number of the token that is drawn next.
-        plan: [N + 1, 4, R'] int32, the clock at every step; R' is R rounded up.
-        clock: [4, R'] int32, the plan's row of this step.
+        plan: [N + 1, 5, R'] int32, the clock at every step; R' is R rounded up.
+        clock: [5, R'] int32, the plan's row of this step.
         seeds: [B] int64.
         finished: [B] bool, or None without an end token.
         tokens: [B, N] int64, by number.
@@ -69,8 +69,8 @@ def run_step(
     if k_codes is not None:
         q_code = clock[QUERY_CODE, :R]
         if is_ring:
-            slot, code = clock[SLOT_AND_CODE, :2].split(1)
-            k_codes.index_copy_(1, slot.to(torch.int64), code[None])
+            slot = clock[SLOT, :1].to(torch.int64)
+            k_codes.index_copy_(1, slot, clock[KEY_CODE, :R, None])
     step_layers(
         decoder, buffers.x, cache, memory=buffers.memory, q_code=q_code, k_codes=k_codes,
         counters=buffers.counters, dtype=dtype, ops=ops,
@@ -174,7 +174,7 @@ class DecodeStep:
             ).first_slots(slots)  # fmt: skip
             self.buffers = _new_buffers(
                 decoder, self.cache, rows=rows, length=length, has_end=eos is not None,
-                memory=memory, dtype=torch.promote_types(dtype, torch.float32),
+                memory=memory, dtype=torch.promote_types(dtype, torch.float32), spare=compiled,
             )  # fmt: skip
         self._position = length  # of the token to take in; nothing to do before `begin`
         self._number = 0  # of the token that is drawn next
@@ -219,8 +219,8 @@ class DecodeStep:
             position: within the sequence, below N.
             number: of the token that is drawn first: its level is number % L, its noise that of
                 (seed, number); up to `position`.
-            query_codes, key_codes: [N] int32, with a table and only then: of each token of the
-                sequence, as it looks at others and as it is looked at.
+            query_codes, key_codes: [1 or R, N] int32, with a table and only then: of each token
+                of the sequence, as it looks at others and as it is looked at.
 
         Raises:
             ValueError: an argument is not as above.
@@ -235,10 +235,12 @@ class DecodeStep:
                 f"{self.length}"
             )
         for name, codes in (("query_codes", query_codes), ("key_codes", key_codes)):
-            wanted_shape = None if buffers.k_codes is None else (self.length,)
-            if (None if codes is None else tuple(codes.shape)) != wanted_shape:
-                came = None if codes is None else tuple(codes.shape)
-                raise ValueError(f"{name} is {came}, wanted {wanted_shape}")
+            came = None if codes is None else tuple(codes.shape)
+            fitting: list[tuple[int, ...] | None] = [None]
+            if buffers.k_codes is not None:
+                fitting = [(rows, self.length) for rows in sorted({1, len(buffers.x)})]
+            if came not in fitting:
+                raise ValueError(f"{name} is {came}, wanted {' or '.join(map(str, fitting))}")
         buffers.x.copy_(x)
         buffers.seeds.copy_(seeds)
         buffers.step.fill_(number)
@@ -257,12 +259,13 @@ class DecodeStep:
         rows[:, POSITION] = positions[:, None]
         rows[:, LENGTH] = (positions + 1).clamp(max=slots)[:, None]
         if k_codes is not None and query_codes is not None and key_codes is not None:
-            rows[:, QUERY_CODE] = query_codes[position:, None]
-            rows[:, SLOT_AND_CODE, 0] = positions % slots
-            rows[:, SLOT_AND_CODE, 1] = key_codes[position:]
+            R = len(k_codes)
+            rows[:, QUERY_CODE, :R] = query_codes.expand(R, -1)[:, position:].T
+            rows[:, KEY_CODE, :R] = key_codes.expand(R, -1)[:, position:].T
+            rows[:, SLOT] = (positions % slots)[:, None]
             # A ring's later slots are given their codes as they are filled.
             known = torch.arange(max(0, position - slots), self.length, device=plan.device)[:slots]
-            k_codes[0, known % slots] = key_codes[known]
+            k_codes[:, known % slots] = key_codes[:, known]
         # The row after the last is looked up and never used: what is there writes nothing.
         plan[number + len(positions), POSITION] = -1
 
@@ -318,9 +321,10 @@ def _new_buffers(
     has_end: bool,
     memory: Memory | None,
     dtype: torch.dtype,
+    spare: bool,
 ) -> StepBuffers:
     R, device = len(cache.positions), cache.positions.device
-    clock_shape = (4, -(-R // ALIGNED) * ALIGNED)
+    clock_shape = (len(CLOCK_ROWS), -(-R // ALIGNED) * ALIGNED)
     D = decoder.embedding.shape[-1]
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -329,7 +333,9 @@ def _new_buffers(
     return StepBuffers(
         x=zeros(R, *([decoder.streams] if decoder.streams > 1 else []), D, dtype=dtype),
         layers=cache.layers,
-        k_codes=zeros(1, cache.slots, dtype=torch.int32) if decoder.table is not None else None,
+        k_codes=None
+        if decoder.table is None
+        else zeros(R, cache.slots + spare, dtype=torch.int32)[:, : cache.slots],
         step=zeros(dtype=torch.int64),
         plan=zeros(length + 1, *clock_shape, dtype=torch.int32),
         clock=zeros(*clock_shape, dtype=torch.int32),

@@ -9,6 +9,7 @@ from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.generation.decode import Progress, check_seeds, decode_stage
 from musiclm_engine.generation.sampling import Sampling, derive_seeds
 from musiclm_engine.generation.stage_steps import Decoding, StageSteps
+from musiclm_engine.generation.tempo import choose_tempo
 
 
 def decode_overlapping(
@@ -47,6 +48,9 @@ def decode_overlapping(
     tokens = torch.zeros(
         len(conditioning), 0, stage.target_levels, dtype=torch.int64, device=conditioning.device
     )
+    tempo = choose_tempo(
+        stage, conditioning=conditioning, prefix=tokens, seeds=seeds, sampling=sampling
+    )
     while tokens.shape[1] < frames:
         start = max(0, tokens.shape[1] - overlap)
         end = min(start + window, frames)
@@ -58,6 +62,7 @@ def decode_overlapping(
             frames=end - start,
             seeds=torch.cat([derive_seeds(int(s), start, count=1) for s in seeds]).to(seeds.device),
             sampling=sampling,
+            tempo=tempo,
             capacity=window,
             decoding=decoding,
             steps=steps,

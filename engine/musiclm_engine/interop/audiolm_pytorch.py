@@ -141,7 +141,8 @@ class AudioLMStage:
             )  # fmt: skip
         step.begin(
             x[:, -1], seeds=seeds, position=x.shape[1] - 1, number=target.shape[1],
-            query_codes=q_codes, key_codes=k_codes,
+            query_codes=None if q_codes is None else q_codes[None],
+            key_codes=None if k_codes is None else k_codes[None],
         )  # fmt: skip
 
     def memory(self, text: Tensor, mask: Tensor | None = None) -> Memory:

@@ -27,7 +27,7 @@ SCHEDULE = {  # the fields of `schedule.Schedule` but minutes, which are a share
     "precision",
 }
 LOOP = SCHEDULE | {"share", "compile", "batch_size", "crop_seconds"}
-STAGE = LOOP | {"text_share", "model", "sampling"}
+STAGE = LOOP | {"short_crops", "text_share", "model", "sampling"}
 ENTRIES = {
     "codec": LOOP | {"domain", "model", "adversary"},
     "semantic_encoder": LOOP - {"compile"} | {"kind", "model"},
@@ -35,7 +35,7 @@ ENTRIES = {
     "mulan": LOOP - {"compile"}
     | {"vocab_size", "audio", "text", "dim_latent", "chunk_size", "facts"},
     "quantizer": {"model"},
-    "semantic": STAGE,
+    "semantic": STAGE | {"counts_beats"},
     "coarse": STAGE | {"num_coarse_quantizers"},
     "fine": STAGE | {"num_fine_quantizers"},
 }

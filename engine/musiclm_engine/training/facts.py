@@ -138,6 +138,15 @@ class Facts:
         return shares
 
 
+def tempo_of(clip: Clip) -> float | None:
+    """The clip's beats a minute, if it is known.
+
+    Raises ManifestError where the fact is no such number.
+    """
+    value = _value(clip, "tempo_bpm")
+    return None if value is None else float(value)
+
+
 def _value(clip: Clip, name: str) -> Any:  # None, a word or a number
     value = clip.facts.get(name)
     if name == "tempo_bpm":

@@ -9,10 +9,12 @@ from musiclm_engine.audiolm import (
     FineTransformer,
     SemanticTransformer,
 )
+from musiclm_engine.audiolm.beat_clock import tempo_tokens
 from musiclm_engine.audiolm.clustered import ClusteredTokens
 from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.mulan import MuLaNEmbedQuantizer
 from musiclm_engine.training.config import ConfigError, table
+from musiclm_engine.training.facts import tempo_of
 from musiclm_engine.training.fitted import whole_clips
 from musiclm_engine.training.loop import Recipe
 from musiclm_engine.training.token_cache import TokenCache, tokenize_clips
@@ -20,6 +22,7 @@ from musiclm_engine.training.workplace import Workplace, compiled, mean_losses
 
 MAKERS = ("codec", "tokenizer", "mulan", "quantizer")  # of tokens
 CLIPS_A_PART = 1024  # of a token cache that is being made
+TEMPO_WEIGHT = 0.1  # as one of hundreds of tokens a tempo would hardly be learnt
 
 
 def tokens(place: Workplace, split: str) -> TokenCache:
@@ -44,6 +47,7 @@ def tokens(place: Workplace, split: str) -> TokenCache:
         tokenize_clips(
             whole_clips(bank, some, place.device),
             [clips[row].captions for row in some],
+            tempo_bpm=[tempo_of(clips[row]) or 0.0 for row in some],
             **models,
             on_progress=lambda done, _: place.progress("tokens", some.start + done, len(bank)),
         ).save(part)
@@ -81,7 +85,10 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
     model: Stage
     if name == "semantic":
         model = SemanticTransformer(
-            num_semantic_tokens=tokenizer.num_tokens, **conditioning, **settings["model"]
+            num_semantic_tokens=tokenizer.num_tokens,
+            frame_rate_hz=codec.frame_rate_hz / stride if settings.get("counts_beats") else None,
+            **conditioning,
+            **settings["model"],
         )
     elif name == "coarse":
         model = CoarseTransformer(
@@ -103,20 +110,33 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
     model.condition_embedding.take_codebooks(quantizer.codebooks)
     frames = round(settings["crop_seconds"] * codec.frame_rate_hz) // stride * stride
     caches = {split: tokens(place, split) for split in ("train", "validation")}
+    if model.clock is not None and any((cache.tempo_bpm == 0).any() for cache in caches.values()):
+        raise ConfigError(
+            "[semantic] has counts_beats = true, wanted false for clips without the fact tempo_bpm"
+        )
 
+    # What conditioning says shows in how a crop begins: later most can be told from what came before,
+    # and a long crop begins once. Attention costs less too.
+    short_crops = settings.get("short_crops", 1)
+    if type(short_crops) is not int or short_crops < 1:
+        raise ConfigError(
+            f"[{name}] has short_crops = {short_crops!r}, wanted a whole number from 1 up"
+        )
     loss = compiled(model.loss, settings)
 
     def losses(split: str, step: int) -> dict[str, Tensor]:
-        condition, semantic, acoustic = caches[split].batch(
-            size=settings["batch_size"],
-            frames=frames,
+        shorter = short_crops if split == "train" and step % 2 else 1
+        condition, semantic, acoustic, tempo_bpm = caches[split].batch(
+            size=settings["batch_size"] * shorter,
+            frames=frames // stride // shorter * stride,
             stride=stride,
             text_share=settings["text_share"],
             seed=place.seed,
             step=step,
         )
+        tempo = None if model.clock is None else tempo_tokens(tempo_bpm)
         if name == "semantic":
-            by_level = loss(condition, None, semantic[:, :, None])
+            by_level = loss(condition, None, semantic[:, :, None], tempo)
         elif name == "coarse":
             by_level = loss(condition, semantic[:, :, None], acoustic[:, :, :num_coarse])
         else:
@@ -125,8 +145,13 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
                 acoustic[:, :, :num_coarse],
                 acoustic[:, :, num_coarse : num_coarse + num_fine],
             )
+        total = by_level.mean()
         levels = {f"level_{level}": mean for level, mean in enumerate(by_level.detach())}
-        return {"loss": by_level.mean(), **levels}
+        if tempo is not None:
+            of_tempo = model.tempo_loss(condition, tempo)
+            total = total + TEMPO_WEIGHT * of_tempo
+            levels["tempo"] = of_tempo.detach()
+        return {"loss": total, **levels}
 
     return Recipe(
         model,

@@ -1,7 +1,7 @@
 """All clips as tokens, made once: the stages never see audio in training."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ class TokenCache:
         audio_conditioning: [N, M] int16, MuLan tokens of the clip's audio.
         text_conditioning: [captions, M] int16, of all captions of all clips.
         first_caption: [N + 1] int64: clip n's captions are rows first[n] to first[n + 1].
+        tempo_bpm: [N] float32, 0 where it is not known.
     """
 
     semantic: Tensor
@@ -33,17 +34,22 @@ class TokenCache:
     audio_conditioning: Tensor
     text_conditioning: Tensor
     first_caption: Tensor
+    tempo_bpm: Tensor
 
     @classmethod
     def load(cls, path: Path, device: torch.device | None = None) -> "TokenCache":
-        return cls(**{name: value.to(device) for name, value in read_tensors(path).items()})
+        tensors = read_tensors(path)
+        if set(tensors) != {field.name for field in fields(cls)}:
+            raise ValueError(f"{path} is of another version: remove it, and it is made again")
+        return cls(**{name: value.to(device) for name, value in tensors.items()})
 
     @classmethod
     def joined(cls, parts: "list[TokenCache]") -> "TokenCache":
         """The clips of all parts, one after another."""
         rows = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("semantic", "acoustic", "audio_conditioning", "text_conditioning")
+            for name in (field.name for field in fields(TokenCache))
+            if name != "first_caption"
         }
         counts = torch.cat([part.first_caption.diff() for part in parts])
         return cls(**rows, first_caption=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
@@ -53,7 +59,7 @@ class TokenCache:
 
     def batch(
         self, *, size: int, frames: int, stride: int, text_share: float, seed: int, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A batch that depends on seed and step alone.
 
         Args:
@@ -63,7 +69,8 @@ class TokenCache:
             text_share: of rows conditioned on a caption; the others on their audio.
 
         Returns:
-            conditioning [B, M], semantic [B, T / stride], acoustic [B, T, Q], all int64.
+            conditioning [B, M], semantic [B, T / stride], acoustic [B, T, Q], all int64, and
+            tempo_bpm [B].
 
         Raises:
             ValueError: the clips are shorter than the crop, or it holds no semantic token.
@@ -97,6 +104,7 @@ class TokenCache:
             conditioning.long(),
             self.semantic[clip[:, None], moments].long(),
             self.acoustic[clip[:, None], acoustic].long(),
+            self.tempo_bpm[clip],
         )
 
 
@@ -105,6 +113,7 @@ def tokenize_clips(
     audio: Iterable[Tensor],
     captions: list[tuple[str, ...]],
     *,
+    tempo_bpm: list[float],
     codec: Codec,
     tokenizer: ClusteredTokens,
     mulan: MuLaN,
@@ -116,6 +125,7 @@ def tokenize_clips(
     Args:
         audio: [B, samples] of some clips after others, all equally long, where the models are.
         captions: of each clip.
+        tempo_bpm: of each clip, 0 where it is not known.
         on_progress: called with how many clips are done, of how many.
     """
     semantic, acoustic, conditioning = [], [], []
@@ -139,4 +149,5 @@ def tokenize_clips(
         audio_conditioning=torch.cat(conditioning),
         text_conditioning=torch.cat(text),
         first_caption=counts.cumsum(0),
+        tempo_bpm=torch.tensor(tempo_bpm),
     )
