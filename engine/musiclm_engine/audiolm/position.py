@@ -45,7 +45,7 @@ class TimeLevelBias(nn.Module):
         self.outside_bias = nn.Parameter(torch.zeros(heads, 1))
 
     def code(self, moment: Tensor, level: Tensor | int) -> Tensor:
-        """int32 codes of tokens at these moments (frames) and levels."""
+        """int32 codes of tokens at these moments and levels."""
         return (moment * (2 * self.num_levels - 1) + level).to(torch.int32)
 
     def table(self) -> Tensor:

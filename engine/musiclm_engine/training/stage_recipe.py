@@ -22,7 +22,7 @@ from musiclm_engine.training.workplace import Workplace, compiled, mean_losses
 
 MAKERS = ("codec", "tokenizer", "mulan", "quantizer")  # of tokens
 CLIPS_A_PART = 1024  # of a token cache that is being made
-TEMPO_WEIGHT = 0.1  # as one of hundreds of tokens a tempo would hardly be learnt
+TEMPO_WEIGHT = 0.1  # of all other tokens together; as one of them it would have a 250th
 
 
 def tokens(place: Workplace, split: str) -> TokenCache:
