@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 16 * 2**20
 
 # Each module or package of the engine, and what of the engine it may import besides itself.
 LEAVES = {"attention", "audio", "checkpoint", "kmeans", "quantize", "whole_file"}
-MODELS = LEAVES | {"codec", "mulan", "audiolm", "components"}
+MODELS = LEAVES | {"codec", "mulan", "audiolm", "tempo_reader", "components"}
 MAY_IMPORT = {
     "attention": set(),
     "audio": {"whole_file"},
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "codec": LEAVES,
     "mulan": LEAVES,
     "audiolm": LEAVES,
-    "components": LEAVES | {"codec", "mulan", "audiolm"},
+    "tempo_reader": {"mulan", "audiolm"},
+    "components": LEAVES | {"codec", "mulan", "audiolm", "tempo_reader"},
     "generation": MODELS,
     "interop": LEAVES | {"generation"},
     "data": {"audio", "whole_file"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     "evaluation.candidates": {"audio", "checkpoint", "data", "musiclm"},
     "evaluation.codec_judgement": {"audio", "codec", "components", "data"},
     "evaluation.held_out": {"audio", "checkpoint", "data", "musiclm"},
+    "evaluation.clip_tokens": {"checkpoint", "data", "generation"},
     "evaluation.memorisation": {"generation", "musiclm"},
     # A command takes what it needs; nothing takes the commands.
     "commands": LEAVES | {"data", "training", "evaluation", "musiclm", "output", "doubts"},

@@ -25,7 +25,7 @@ from rich.progress import track
 from musiclm_engine import MusicLM
 from musiclm_engine.audio import save_audio
 from musiclm_engine.checkpoint import write_json
-from musiclm_engine.doubts import doubt_of_similarity, doubt_of_words
+from musiclm_engine.doubts import doubt_of_length, doubt_of_similarity, doubt_of_words
 from musiclm_engine.musiclm import check_prompts, fingerprint, model_folder
 from musiclm_engine.output import draw_spectrogram
 
@@ -65,6 +65,7 @@ def make_clips(prompts: list[str], folder: Path, *, model: Path | None, seconds:
         _draw(audio, made.sample_rate, folder / f"{name}.png")
         doubts = (
             doubt_of_words(prompt, musiclm.mulan.unseen_words(prompt)),
+            doubt_of_length(musiclm.unread(prompt)),
             doubt_of_similarity(prompt, similarity, musiclm.usual_similarity),
         )
         said = [doubt for doubt in doubts if doubt is not None]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TextTransformer,
     )
     from musiclm_engine.musiclm import MusicLM, MusicLMOutput
+    from musiclm_engine.tempo_reader import TempoReader
 
 __all__ = [
     "AudioLM",
@@ -44,6 +45,7 @@ __all__ = [
     "SemanticTransformer",
     "SoundStream",
     "SpectralSoundStream",
+    "TempoReader",
     "TextTransformer",
 ]
 
@@ -60,6 +62,7 @@ _HOMES = {
     "generation": ("AudioLM",),
     "mulan": ("AudioSpectrogramTransformer", "MuLaN", "MuLaNEmbedQuantizer", "TextTransformer"),
     "musiclm": ("MusicLM", "MusicLMOutput"),
+    "tempo_reader": ("TempoReader",),
 }
 
 

@@ -14,12 +14,14 @@ from musiclm_engine.audiolm.note_tokenizer import NoteTokenizer
 from musiclm_engine.checkpoint import load_model
 from musiclm_engine.codec import SoundStream, SpectralSoundStream
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
+from musiclm_engine.tempo_reader import TempoReader
 
 CLASSES: dict[str, tuple[type, ...]] = {
     "codec": (SpectralSoundStream, SoundStream),
     "tokenizer": (SemanticTokenizer, NoteTokenizer, BestRQTokenizer),
     "mulan": (MuLaN,),
     "quantizer": (MuLaNEmbedQuantizer,),
+    "tempo_reader": (TempoReader,),
     "semantic": (SemanticTransformer,),
     "coarse": (CoarseTransformer,),
     "fine": (FineTransformer,),

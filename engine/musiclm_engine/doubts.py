@@ -13,6 +13,13 @@ def doubt_of_words(prompt: str, unseen: Sequence[str]) -> str | None:
     )
 
 
+def doubt_of_length(unread: str) -> str | None:
+    """Of the end of a prompt that is too long to be read (`MusicLM.unread`); None if all is read."""
+    if not unread:
+        return None
+    return f"A prompt is too long to be read whole: its end is left out, {unread!r}."
+
+
 def doubt_of_similarity(prompt: str, best: float, usual: float | None) -> str | None:
     """Of the best candidate's MuLaN similarity; None if it is usual, or it is not known what is.
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from musiclm_engine.audiolm.beat_clock import bpm_of
 from musiclm_engine.audiolm.clustered import ClusteredTokens
 from musiclm_engine.checkpoint import CheckpointError, json_text, read_json, save_model, write_json
 from musiclm_engine.components import load_component
@@ -26,6 +27,7 @@ from musiclm_engine.generation import (
 from musiclm_engine.generation.audiolm import StageProgress
 from musiclm_engine.generation.evaluation_mode import evaluation_mode
 from musiclm_engine.mulan import MuLaN, MuLaNEmbedQuantizer
+from musiclm_engine.tempo_reader import TempoReader
 
 STAGES = tuple(field.name for field in fields(StageSampling))
 DESCRIPTION = "musiclm.json"  # names a folder's format and holds what no part knows
@@ -43,6 +45,8 @@ class MusicLMOutput:
         tokens: "mulan" [P, M]; "semantic" [P, N, S]; "coarse" [P, N, T, Qc]; "fine"
             [P, N, T, Qf], int64, in the order of audio.
         sample_seeds: [P, N] int64: which of the N seeds each candidate grew from.
+        tempo_bpm: [P, N] float64 beats a minute that each candidate was to be played at; None for
+            a model that counts frames.
     """
 
     audio: Tensor
@@ -50,10 +54,11 @@ class MusicLMOutput:
     scores: Tensor
     tokens: dict[str, Tensor]
     sample_seeds: Tensor
+    tempo_bpm: Tensor | None = None
 
 
 class MusicLM(nn.Module):
-    """MuLaN, its quantiser and AudioLM as one model.
+    """MuLaN, its quantiser, a reader of tempi and AudioLM as one model.
 
     Args:
         mulan: embeds prompts and judges candidates.
@@ -61,6 +66,7 @@ class MusicLM(nn.Module):
         tokenizer: of semantic tokens; generation from text does not use it, continuing given
             audio does.
         audiolm: stages and codec.
+        tempo_reader: reads the tempo of prompts for a semantic stage that counts beats; None for others.
         sampling: settings of the stages where a caller names none.
         usual_similarity: what the best candidate of 19 in 20 held-out captions scores at least
             (`musiclm eval --calibrate`); None where that was not measured.
@@ -77,17 +83,24 @@ class MusicLM(nn.Module):
         quantizer: MuLaNEmbedQuantizer,
         tokenizer: ClusteredTokens,
         audiolm: AudioLM,
+        tempo_reader: TempoReader | None = None,
         sampling: StageSampling,
         usual_similarity: float | None = None,
     ) -> None:
         super().__init__()
         _refuse_strangers(mulan, quantizer, tokenizer, audiolm)
+        if (tempo_reader is None) != (audiolm.semantic.clock is None):
+            raise ValueError(
+                f"tempo_reader is {'missing' if tempo_reader is None else 'given'}, the semantic "
+                f"stage counts {'frames' if audiolm.semantic.clock is None else 'beats'}"
+            )
         if usual_similarity is not None:
             _refuse_what_is_no_cosine(usual_similarity)
         self.mulan = mulan
         self.quantizer = quantizer
         self.tokenizer = tokenizer
         self.audiolm = audiolm
+        self.tempo_reader = tempo_reader
         self.sampling = sampling
         self.usual_similarity = usual_similarity
 
@@ -126,6 +139,8 @@ class MusicLM(nn.Module):
             name: load_component(name, folder / name)
             for name in ("codec", "tokenizer", "mulan", "quantizer", *STAGES)
         }
+        counts_beats = parts["semantic"].clock is not None
+        reader = load_component("tempo_reader", folder / "tempo_reader") if counts_beats else None
         if not (parts["quantizer"].is_fitted and parts["tokenizer"].components.any()):
             raise CheckpointError(f"{folder} holds a quantizer or tokenizer that was never fitted")
         try:
@@ -138,6 +153,7 @@ class MusicLM(nn.Module):
                     windows=windows,
                     **{stage: parts[stage] for stage in STAGES},
                 ),
+                tempo_reader=reader,
                 sampling=sampling,
                 usual_similarity=usual_similarity,
             )
@@ -162,9 +178,13 @@ class MusicLM(nn.Module):
             "tokenizer": self.tokenizer,
             "mulan": self.mulan,
             "quantizer": self.quantizer,
+            **({} if self.tempo_reader is None else {"tempo_reader": self.tempo_reader}),
             **{stage: getattr(self.audiolm, stage) for stage in STAGES},
         }
         makers_dtype = torch.float16 if dtype == torch.int8 else dtype
+        if self.tempo_reader is None:  # none of another model that lay there
+            for suffix in (".json", ".safetensors"):
+                (folder / "tempo_reader").with_suffix(suffix).unlink(missing_ok=True)
         for name, part in parts.items():
             save_model(part, folder / name, dtype=dtype if name in STAGES else makers_dtype)
         description: dict[str, Any] = {
@@ -223,10 +243,17 @@ class MusicLM(nn.Module):
                 wanted = self.mulan.embed_text(texts)
                 conditioning = self.quantizer.encode(wanted)
                 seeds = derive_seeds(seed, count=num_samples).to(conditioning.device)
+                of_rows = seeds.repeat(len(texts))
+                tempo = self.choose_tempo(
+                    [text for text in texts for _ in range(num_samples)],
+                    of_rows,
+                    temperature=sampling.semantic.temperature,
+                )
                 generated = self.audiolm.generate(
                     conditioning.repeat_interleave(num_samples, dim=0),
                     seconds=seconds,
-                    seeds=seeds.repeat(len(texts)),
+                    seeds=of_rows,
+                    tempo=tempo,
                     sampling=sampling,
                     decoding=decoding,
                     on_progress=on_progress,
@@ -249,7 +276,32 @@ class MusicLM(nn.Module):
             scores=scores.gather(1, order),
             tokens={"mulan": conditioning, **tokens},
             sample_seeds=seeds[order],
+            tempo_bpm=None if tempo is None else best_first(bpm_of(tempo)),
         )
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is too long to be read whole; "" of others."""
+        readers = [part for part in (self.mulan, self.tempo_reader) if part is not None]
+        return max((part.unread(prompt) for part in readers), key=len)
+
+    def choose_tempo(
+        self, captions: Sequence[str], seeds: Tensor, *, temperature: float = 1.0
+    ) -> Tensor | None:
+        """The tempi at which `AudioLM.generate` is to play.
+
+        Args:
+            captions: B.
+            seeds: [B] int64, those that it is given.
+            temperature: of the semantic stage; 0 takes the likeliest tempo.
+
+        Returns:
+            [B] int64 tokens (`TempoReader.choose`), or None for a model that counts frames.
+        """
+        if self.tempo_reader is None:
+            return None
+        own = torch.cat([derive_seeds(int(seed), "tempo", count=1) for seed in seeds])
+        with evaluation_mode(self):
+            return self.tempo_reader.choose(captions, own, temperature=temperature)
 
     def _refuse_what_does_not_fit(
         self, seconds: float, rows: int, sampling: StageSampling, decoding: Decoding | None

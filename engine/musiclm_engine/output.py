@@ -124,7 +124,10 @@ def write_outputs(
             score = result.scores[p, n].item()
             save_audio(path, audio, result.sample_rate)
             written.append((path, score))
-            candidates.append({"file": path.name, "prompt": prompt, "mulan_similarity": score})
+            candidate = {"file": path.name, "prompt": prompt, "mulan_similarity": score}
+            if result.tempo_bpm is not None:
+                candidate["tempo_bpm"] = round(result.tempo_bpm[p, n].item(), 1)
+            candidates.append(candidate)
     record = out.with_suffix(".json")
     write_json(
         record,

@@ -163,6 +163,11 @@ text = { dim = 16, depth = 1, heads = 1, dim_head = 16, max_seq_len = 32 }
 dim_latent = 16
 [quantizer]
 model = { num_quantizers = 2, codebook_size = 4 }
+[tempo_reader]
+steps = 2
+batch_size = 4
+vocab_size = 270
+text = { dim = 16, depth = 1, heads = 1, dim_head = 16, max_seq_len = 32 }
 [semantic]
 steps = 2
 counts_beats = true

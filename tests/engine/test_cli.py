@@ -353,11 +353,12 @@ def test_train_all_stops_goes_on_and_bundles(tiny_config, tiny_corpus, tmp_path)
     again = ("train", "all", *common, "--run-dir", here, "--bundle", tmp_path / "model")
     assert done(musiclm(*again))[-1] == str(tmp_path / "model")
     asked = ("--model", tmp_path / "model", *SHORT, "--out", tmp_path / "hymn.wav")
-    told = musiclm("generate", f"Polyphonic zydeco, {HYMN}", *asked)
+    told = musiclm("generate", "Polyphonic zydeco" + 9 * f", {HYMN}", *asked)
     done(told)
     assert "no music called polyphonic, zydeco: it will make the nearest" in told.stderr
-    (doubt,) = json.loads((tmp_path / "hymn.json").read_text())["doubts"]
-    assert doubt in told.stderr.splitlines()
+    of_words, of_length = json.loads((tmp_path / "hymn.json").read_text())["doubts"]
+    assert {of_words, of_length} <= {*told.stderr.splitlines()}
+    assert "A prompt is too long" in of_length and HYMN.split()[-1] in of_length
     refused(musiclm("unpack", tmp_path / "parcel", here), "holds a run already")
     refused(musiclm("unpack", tmp_path, tmp_path / "new"), "holds no parcel")
 

@@ -8,7 +8,6 @@ from musiclm_engine import MusicLM
 from musiclm_engine.generation import DecodeStep, Sampling, decoder_from_stage, derive_seeds
 from musiclm_engine.generation.decode import decode_stage
 from musiclm_engine.generation.ops import KERNELS
-from musiclm_engine.generation.tempo import choose_tempo
 from musiclm_kernels import decode_linear
 
 PROMPTS = ["a slow hymn on a church organ", "a quick jig on a flute"]
@@ -30,7 +29,7 @@ def song(request, bundled):
         prefix = torch.zeros(2, 0, stage.target_levels, dtype=torch.int64)
         draw = {"conditioning": conditioning, "prefix": prefix, "sampling": sampling}
         draw["seeds"] = derive_seeds(0, count=2)
-        tempo = choose_tempo(stage, **draw)
+        tempo = bundled.choose_tempo(PROMPTS, draw["seeds"]) if name == "semantic" else None
         tokens = decode_stage(stage, context=context, frames=FRAMES, tempo=tempo, **draw)
         songs[name] = conditioning, context, tokens, tempo
         context = tokens

@@ -162,6 +162,25 @@ def test_a_stage_of_random_weights_knows_nothing(short, tiny_musiclm) -> None:
     assert figures != other
 
 
+def test_clips_are_continued_at_their_own_tempi(short, monkeypatch, tiny_musiclm) -> None:
+    trained, held_out = clips_of(5), clips_of(6)
+    trained = replace(trained, tempo=torch.arange(6))
+    held_out = replace(held_out, tempo=torch.arange(50, 56))
+    tempo_of = {
+        tuple(row.tolist()): int(tempo)
+        for clips in (trained, held_out)
+        for row, tempo in zip(clips.semantic[:, :4], clips.tempo, strict=True)
+    }
+
+    def watch(stage, *, prefix, frames, tempo, **others):
+        for row, own in zip(prefix[:, :, 0], tempo, strict=True):
+            assert len(row) == 0 or tempo_of[tuple(row.tolist())] == own
+        return torch.zeros(len(prefix), frames, 1, dtype=torch.int64)
+
+    monkeypatch.setattr(memorisation, "decode_stage", watch)
+    assert judge_memorisation(tiny_musiclm, trained, held_out, seed=0)["num_trained"] == 6
+
+
 def test_clips_too_short_to_be_continued_are_refused(short, tiny_musiclm) -> None:
     clips = clips_of(4)
     cut = replace(clips, semantic=clips.semantic[:, :9])

@@ -140,9 +140,11 @@ def test_they_lie_on_the_device_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     "name, value, wanted",
     [
-        ("tempo_bpm", 0, "a number above 0"),
-        ("tempo_bpm", math.nan, "a number above 0"),
-        ("tempo_bpm", "fast", "a number above 0"),
+        ("tempo_bpm", 0, "beats a minute, 10 to 1000"),
+        ("tempo_bpm", True, "beats a minute, 10 to 1000"),
+        ("tempo_bpm", 1e300, "beats a minute, 10 to 1000"),
+        ("tempo_bpm", math.nan, "beats a minute, 10 to 1000"),
+        ("tempo_bpm", "fast", "beats a minute, 10 to 1000"),
         ("mood", ["calm"], "a word or a number"),
     ],
 )

@@ -1,5 +1,6 @@
 """Configurations, batches that are functions of their number, and a whole set trained."""
 
+import json
 import os
 import shutil
 import tomllib
@@ -8,21 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musiclm_engine import SoundStream
+from musiclm_engine import SoundStream, TempoReader, TextTransformer
 from musiclm_engine.audio import load_audio
-from musiclm_engine.checkpoint import CheckpointError, read_tensors, write_tensors
+from musiclm_engine.checkpoint import CheckpointError, read_tensors, save_model, write_tensors
 from musiclm_engine.data.manifest import ManifestError, load_manifest
 from musiclm_engine.generation import Sampling, Windows
+from musiclm_engine.mulan import train_caption_tokenizer
 from musiclm_engine.training.bundle import bundle_run
 from musiclm_engine.training.clip_bank import open_bank
 from musiclm_engine.training.clips import Crops
-from musiclm_engine.training.config import OPTIONAL, TRAINED, ConfigError, load_config, table
+from musiclm_engine.training.config import TRAINED, ConfigError, load_config, models_of, table
 from musiclm_engine.training.loop import Schedule
-from musiclm_engine.training.run import RECIPES, train
+from musiclm_engine.training.run import RECIPES, Limits, train
 from musiclm_engine.training.token_cache import TokenCache
 
 CPU = torch.device("cpu")
-MODELS = [name for name in TRAINED if name not in OPTIONAL]
+MODELS = models_of({"semantic": {"counts_beats": True}})  # as `tiny_config`
 
 
 def train_one(name, config, manifest, run_dir, **arguments):
@@ -41,7 +43,7 @@ def train_one(name, config, manifest, run_dir, **arguments):
 
 @pytest.fixture(scope="module")
 def trained(tiny_config, tiny_corpus, tmp_path_factory):
-    """All seven models, in their order, and what was told of each."""
+    """All models, in their order, and what was told of each."""
     run_dir = tmp_path_factory.mktemp("run")
     told = {name: train_one(name, tiny_config, tiny_corpus, run_dir) for name in MODELS}
     return run_dir, told
@@ -110,6 +112,7 @@ def test_an_extension_that_makes_no_sense_is_refused(tmp_path, text, message):
         ("[codec]\nlearning_rte = 1", r"\[codec\] of .* has unknown entries: learning_rte; wanted"),
         ("codec = 3", r"has codec = 3, wanted a table \[codec\]"),
         ("seed = 'x'", "has seed = 'x', wanted a whole number"),
+        ("[semantic]\ncounts_beats = 'no'", r"counts_beats = 'no', wanted true or false"),
         ("seed = -1", "has seed = -1, wanted a whole number"),
     ],
 )
@@ -284,18 +287,17 @@ def test_a_token_cache_comes_back(cache, tmp_path):
 # A whole set.
 
 
-def test_seven_models_are_trained_and_make_music(trained, tiny_config, tmp_path):
+def test_all_models_are_trained_and_make_music(trained, tiny_config, tmp_path):
     run_dir, told = trained
     for name in MODELS:
         assert (run_dir / name / "model.json").exists()
         what, done, total, _ = told[name][-1]
         assert what == name and done == total
-    for name in ("codec", "semantic", "coarse", "fine"):
+    for name in ("codec", "tempo_reader", "semantic", "coarse", "fine"):
         figures = told[name][-1][3]
         assert {"train/loss", "validation/loss"} <= figures.keys()
     assert 0 <= told["mulan"][-1][3]["validation/retrieval_auc"] <= 1
     assert {"validation/level_0", "validation/level_1"} <= told["coarse"][-1][3].keys()
-    assert "validation/tempo" in told["semantic"][-1][3]
     assert [what for what, *_ in told["semantic"]].count("tokens") == 2  # of both splits, once
     assert not any(what == "tokens" for what, *_ in told["fine"])
 
@@ -426,6 +428,91 @@ def test_beats_need_clips_of_known_tempo(beside, tiny_corpus):
     config.write_text(config.read_text().replace("counts_beats = true", "counts_beats = false"))
     train_one("semantic", config, tiny_corpus, run_dir)
     train_one("coarse", config, tiny_corpus, run_dir)  # which counts frames
+
+
+def test_a_reader_of_tempi_needs_captions_and_tempi_alone(tiny_config, tiny_corpus, tmp_path):
+    told = train_one("tempo_reader", tiny_config, tiny_corpus, tmp_path / "run")
+    assert "validation/read" not in told[-1][3]  # nothing says what these captions state
+    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
+    manifest = tiny_corpus.with_name("stated.jsonl")
+
+    def write():
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+
+    for row in rows:
+        row["stated"] = [["tempo_bpm"], []]
+    write()
+    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "stated")
+    assert 0 <= told[-1][3]["validation/read"] <= 1
+    for row in rows:
+        row["stated"] = [["instrument"], []]
+    write()
+    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "other facts")
+    assert "validation/read" not in told[-1][3]
+    del rows[-1]["facts"]["tempo_bpm"]
+    write()
+    with pytest.raises(ManifestError, match=r"5.wav has no fact tempo_bpm, wanted it or"):
+        train_one("all", tiny_config, manifest, tmp_path / "no tempo")
+    assert not (tmp_path / "no tempo").exists()  # told before anything is trained
+
+
+@pytest.mark.parametrize("tempo", ["fast", 0, True, 1e300])
+def test_tempi_that_are_none_matter_to_sets_that_count_beats_alone(
+    tiny_config, tiny_corpus, tmp_path, tempo
+):
+    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
+    rows[0]["facts"]["tempo_bpm"] = tempo
+    manifest = tiny_corpus.with_name("odd-tempo.jsonl")
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ManifestError, match=r"tempo_bpm = .*, wanted beats a minute, 10 to 1000"):
+        train_one("all", tiny_config, manifest, tmp_path / "beats")
+    config = tmp_path / "frames.toml"
+    config.write_text(tiny_config.read_text().replace("beats = true", "beats = false"))
+    train_one("all", config, manifest, tmp_path / "frames")
+    assert bundle_run(tmp_path / "frames", config=str(config)).tempo_reader is None
+    with pytest.raises(ConfigError, match="semantic counts frames, .* counts_beats = true: remove"):
+        bundle_beats(tmp_path / "frames", tiny_config)
+
+
+def bundle_beats(run_dir, config):
+    """As if the run had a reader."""
+    (run_dir / "tempo_reader").mkdir()
+    reader = TempoReader(
+        TextTransformer(16, 1, num_tokens=300, heads=1),
+        tokenizer=train_caption_tokenizer(["a hymn"], 280),
+    )
+    save_model(reader, run_dir / "tempo_reader" / "model")
+    return bundle_run(run_dir, config=str(config))
+
+
+def test_other_captions_are_not_learnt_on_with_the_same_weights(tiny_config, tiny_corpus, tmp_path):
+    """A vocabulary of the same size, whose tokens are others."""
+    long = tmp_path / "long.toml"
+    long.write_text(tiny_config.read_text().replace("vocab_size = 270", "vocab_size = 258"))
+    run = {"config": long, "run_dir": tmp_path / "run", "limits": Limits(stop_at=0.0)}
+    train_one("tempo_reader", manifest=tiny_corpus, **run)
+    manifest = tiny_corpus.with_name("other-captions.jsonl")
+    manifest.write_text(tiny_corpus.read_text().replace("hymn", "zzzzzzzz"))
+    with pytest.raises(
+        CheckpointError, match="holds another model .*: tokenizer came out otherwise"
+    ):
+        train_one("tempo_reader", manifest=manifest, **run)
+
+
+def test_a_set_that_counts_frames_has_no_reader_of_tempi(tiny_corpus, tmp_path):
+    assert "tempo_reader" in models_of(load_config("tiny"))
+    assert "tempo_reader" not in models_of(load_config("recordings"))
+    with pytest.raises(ConfigError, match="recordings has no .* counts_beats = true: nothing"):
+        train_one("tempo_reader", "recordings", tiny_corpus, tmp_path)
+
+
+def test_a_missing_table_is_told_before_any_training(tiny_config, tiny_corpus, tmp_path):
+    path = tmp_path / "without.toml"
+    before, _, rest = tiny_config.read_text().partition("[tempo_reader]")
+    path.write_text(before + rest[rest.index("[semantic]") :])
+    with pytest.raises(ConfigError, match="has no \\[tempo_reader\\]"):
+        train_one("all", path, tiny_corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_longer_crop_than_the_clips_is_refused(beside, tiny_corpus):

@@ -30,7 +30,6 @@ class BeatClock(nn.Module):
         self.frame_rate_hz = frame_rate_hz
         self.embedding = nn.Embedding(NUM_TEMPI, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.logit_weights = nn.Parameter(torch.randn(NUM_TEMPI, dim) * 0.02)
 
     def span(self, frames: int) -> int:
         """Moments that this many frames span at the fastest tempo."""

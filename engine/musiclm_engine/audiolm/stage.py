@@ -66,8 +66,6 @@ class Stage(nn.Module):
         condition_drop_prob: float = 0.1,
     ) -> None:
         super().__init__()
-        if frame_rate_hz is not None and conditioning_length == 0:
-            raise ValueError("conditioning_length is 0, wanted conditioning that tells the tempo")
         self.conditioning_size = conditioning_size
         self.conditioning_length = conditioning_length
         self.context_size = context_size
@@ -217,20 +215,6 @@ class Stage(nn.Module):
         )
         return losses.view(-1, self.target_levels).mean(0)
 
-    def tempo_logits(self, conditioning: Tensor) -> Tensor:
-        """[B, M] -> [B, NUM_TEMPI]: the tempo that follows the conditioning, where there is a clock."""
-        if self.clock is None:
-            raise ValueError("this stage has no clock")
-        self._check_conditioning(conditioning, len(conditioning))
-        x = self.condition_embedding(conditioning)
-        codes = torch.full((1, x.shape[1]), OUTSIDE_TIME, device=x.device, dtype=torch.int32)
-        hidden = self._transform(x, torch.zeros_like(codes), codes)
-        return F.linear(hidden[:, -1], self.clock.logit_weights)
-
-    def tempo_loss(self, conditioning: Tensor, tempo: Tensor) -> Tensor:
-        """Cross-entropy of tempi [B], in nats; in training some rows lose their conditioning."""
-        return F.cross_entropy(self.tempo_logits(self._dropped(conditioning)).float(), tempo)
-
     def _dropped(self, conditioning: Tensor) -> Tensor:
         if not self.training or self.condition_drop_prob == 0:
             return conditioning
@@ -293,7 +277,12 @@ class Stage(nn.Module):
     ) -> None:
         """Refuse tokens that are not of this stage's form."""
         B = len(target)
-        self._check_conditioning(conditioning, B)
+        if tuple(conditioning.shape) != (B, self.conditioning_length):
+            raise ValueError(
+                f"conditioning is {tuple(conditioning.shape)}, "
+                f"wanted [{B}, {self.conditioning_length}]"
+            )
+        _check_values("conditioning", conditioning, self.conditioning_size + 1)
         if (context is None) != (self.context_levels == 0):
             raise ValueError(
                 f"context is {'missing' if context is None else 'given'}, "
@@ -314,17 +303,12 @@ class Stage(nn.Module):
                 raise ValueError(f"{name} is {tuple(tokens.shape)}, wanted [{B}, frames, {levels}]")
             _check_values(name, tokens, size)
         if tempo is not None:
-            if tuple(tempo.shape) != (B,):
-                raise ValueError(f"tempo is {tuple(tempo.shape)}, wanted [{B}]")
+            if tempo.dtype != torch.int64 or tuple(tempo.shape) != (B,):
+                raise ValueError(
+                    f"tempo is {tempo.dtype} {tuple(tempo.shape)}, wanted int64 [{B}], "
+                    "tokens of beats a minute (tempo_tokens)"
+                )
             _check_values("tempo", tempo, NUM_TEMPI)
-
-    def _check_conditioning(self, conditioning: Tensor, rows: int) -> None:
-        if tuple(conditioning.shape) != (rows, self.conditioning_length):
-            raise ValueError(
-                f"conditioning is {tuple(conditioning.shape)}, "
-                f"wanted [{rows}, {self.conditioning_length}]"
-            )
-        _check_values("conditioning", conditioning, self.conditioning_size + 1)
 
 
 def _check_values(name: str, tokens: Tensor, size: int) -> None:

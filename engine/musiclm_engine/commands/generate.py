@@ -57,7 +57,7 @@ def generate(
     Example: musiclm generate "a slow hymn on a church organ in G minor" --out hymn.wav
     """
     with told_plainly():
-        from musiclm_engine.doubts import doubt_of_similarity, doubt_of_words
+        from musiclm_engine.doubts import doubt_of_length, doubt_of_similarity, doubt_of_words
         from musiclm_engine.output import (
             Request,
             check_output,
@@ -108,6 +108,7 @@ def generate(
 
         for prompt in request.prompts:
             tell(doubt_of_words(prompt, musiclm.mulan.unseen_words(prompt)))
+            tell(doubt_of_length(musiclm.unread(prompt)))
         started = time.perf_counter()
         with progress_bars() as show:
             result = musiclm.generate(

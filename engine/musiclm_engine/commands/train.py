@@ -21,8 +21,8 @@ def train(
     model: Annotated[
         str,
         typer.Argument(
-            help="codec, semantic_encoder, tokenizer, mulan, quantizer, semantic, coarse or fine, "
-            "each of which needs those before it; or all, one after another."
+            help="codec, semantic_encoder, tokenizer, mulan, quantizer, tempo_reader, "
+            "semantic, coarse or fine, most of which need those before them; or all, one after another."
         ),
     ],
     config: Annotated[

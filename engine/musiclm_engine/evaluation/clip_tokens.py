@@ -12,6 +12,7 @@ from musiclm_engine.checkpoint import read_tensors, write_tensors
 from musiclm_engine.data.manifest import Clip
 from musiclm_engine.evaluation.bench import Bench
 from musiclm_engine.evaluation.memorisation import Continued
+from musiclm_engine.generation import derive_seeds
 
 CLIPS_PER_FILE = 64
 CLIPS_PER_BATCH = 8
@@ -35,7 +36,8 @@ def semantic_tokens(bench: Bench, clips: Sequence[Clip], *, manifest_sha256: str
 
 @torch.inference_mode()
 def clips_to_continue(bench: Bench, clips: Sequence[Clip], *, count: int, seed: int) -> Continued:
-    """A random choice of clips, with their conditioning and tokens."""
+    """A random choice of clips, with their conditioning, their tokens, and the likeliest tempi of
+    their first captions."""
     order = np.random.default_rng(seed).permutation(len(clips))[:count]
     chosen = [clips[index] for index in order]
     seconds = min(clip.seconds for clip in chosen)
@@ -47,4 +49,14 @@ def clips_to_continue(bench: Bench, clips: Sequence[Clip], *, count: int, seed: 
         )
         semantic.append(bench.model.tokenizer.encode(audio).cpu())
         bench.progress(f"{chosen[0].split} clips", first + len(audio), len(chosen))
-    return Continued([clip.piece for clip in chosen], torch.cat(conditioning), torch.cat(semantic))
+    tempo = bench.model.choose_tempo(
+        [clip.captions[0] for clip in chosen],
+        derive_seeds(seed, count=len(chosen)),
+        temperature=0.0,
+    )
+    return Continued(
+        [clip.piece for clip in chosen],
+        torch.cat(conditioning),
+        torch.cat(semantic),
+        None if tempo is None else tempo.cpu(),
+    )

@@ -1,6 +1,7 @@
 """Whether the semantic stage repeats its training clips (MusicLM, arXiv 2301.11325, section 4).
 
-The stage is given a clip's own conditioning and the beginning of its tokens; what it adds is compared
+The stage is given a clip's own conditioning, its tempo if the stage counts beats, and the beginning
+of its tokens; what it adds is compared
 with what comes next in the clip. An exact match is all tokens alike. An approximate one is a small
 cost of moving one histogram of tokens onto the other, over the distances between their clusters. The
 paper finds the cost by Sinkhorn's algorithm; both histograms here hold equally many tokens, so that
@@ -22,7 +23,6 @@ from musiclm_engine.evaluation.packages import import_library
 from musiclm_engine.generation import derive_seeds
 from musiclm_engine.generation.decode import decode_stage
 from musiclm_engine.generation.evaluation_mode import evaluation_mode
-from musiclm_engine.generation.tempo import choose_tempo
 from musiclm_engine.musiclm import MusicLM
 
 CONTINUED_SECONDS = 5.0
@@ -39,11 +39,13 @@ class Continued:
         pieces: [n] what each is a part of.
         conditioning: [n, M] MuLan tokens of their audio.
         semantic: [n, S] tokens.
+        tempo: [n] for a semantic stage that counts beats, or None.
     """
 
     pieces: Sequence[str]
     conditioning: Tensor
     semantic: Tensor
+    tempo: Tensor | None = None
 
 
 def judge_memorisation(
@@ -86,10 +88,6 @@ def judge_memorisation(
                 )
         targets = trained.semantic[:, start : start + length].numpy()
         threshold = match_threshold(targets, trained.pieces, distances)
-        tempi = {  # which a stage with a clock hears in what is given: that takes a while
-            kind: _choose_tempo(model, clips, start=start, seed=seed)
-            for kind, clips in (("trained", trained), ("held_out", held_out))
-        }
         for is_greedy in (False, True):
             row: dict[str, Any] = {
                 "prompt_seconds": prompt_seconds,
@@ -105,7 +103,6 @@ def judge_memorisation(
                     length=length,
                     seed=seed,
                     is_greedy=is_greedy,
-                    tempo=tempi[kind],
                 ).numpy()
                 costs = [transport_cost(a, b, distances) for a, b in zip(made, true, strict=True)]
                 row[f"{kind}_exact"] = float((made == true).all(1).mean())
@@ -166,24 +163,6 @@ def _distances(centroids: Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _choose_tempo(model: MusicLM, clips: Continued, *, start: int, seed: int) -> Tensor | None:
-    """[n], or None for a stage without a clock."""
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        return choose_tempo(
-            model.audiolm.semantic,
-            conditioning=clips.conditioning.to(device),
-            prefix=clips.semantic[:, :start, None].to(device),
-            seeds=_seeds(clips, seed).to(device),
-            sampling=model.sampling.semantic,
-        )
-
-
-def _seeds(clips: Continued, seed: int) -> Tensor:
-    return derive_seeds(seed, "memorisation", count=len(clips.semantic))
-
-
-@torch.inference_mode()
 def _continue(
     model: MusicLM,
     clips: Continued,
@@ -192,14 +171,13 @@ def _continue(
     length: int,
     seed: int,
     is_greedy: bool,
-    tempo: Tensor | None,
 ) -> Tensor:
     """`length` tokens [n, length] after the first `start` of each clip."""
     sampling = model.sampling.semantic
     if is_greedy:
         sampling = replace(sampling, temperature=0.0)
     device = next(model.parameters()).device
-    seeds = _seeds(clips, seed)
+    seeds = derive_seeds(seed, "memorisation", count=len(clips.semantic))
     made = []
     with evaluation_mode(model):
         for first in range(0, len(seeds), ROWS_PER_BATCH):
@@ -212,7 +190,7 @@ def _continue(
                 frames=start + length,
                 seeds=seeds[rows].to(device),
                 sampling=sampling,
-                tempo=None if tempo is None else tempo[rows],
+                tempo=None if clips.tempo is None else clips.tempo[rows].to(device),
             )
             made.append(tokens[:, start:, 0].cpu())
     return torch.cat(made)

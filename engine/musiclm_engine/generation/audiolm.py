@@ -143,6 +143,7 @@ class AudioLM(nn.Module):
         *,
         seconds: float,
         seeds: Tensor,
+        tempo: Tensor | None = None,
         sampling: StageSampling | None = None,
         decoding: Decoding | None = None,
         on_progress: StageProgress | None = None,
@@ -152,7 +153,9 @@ class AudioLM(nn.Module):
         Args:
             conditioning: [B, M] int64 MuLan tokens.
             seconds: of audio.
-            seeds: [B] int64: a row's sound depends on its conditioning and seed alone.
+            seeds: [B] int64: a row's sound depends on its conditioning, tempo and seed alone.
+            tempo: [B] int64, for a semantic stage that counts beats (`TempoReader.choose`, or
+                `audiolm.beat_clock.tempo_tokens` of beats per minute), else None.
             sampling: settings of the stages.
             decoding: precision of the stages, and how their steps run.
             on_progress: called as tokens come.
@@ -184,6 +187,7 @@ class AudioLM(nn.Module):
                 frames=frames // stride,
                 window=self._window(self.windows.semantic_seconds) // stride,
                 seeds=stage_seeds("semantic"),
+                tempo=tempo,
                 sampling=sampling.semantic,
                 decoding=decoding,
                 steps=self._steps,

@@ -9,7 +9,6 @@ from torch import Tensor
 from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.generation.sampling import Sampling
 from musiclm_engine.generation.stage_steps import Decoding, StageSteps, checked_decoding
-from musiclm_engine.generation.tempo import choose_tempo
 
 Progress = Callable[[int], None]  # called with the number of tokens a row has gained
 
@@ -43,7 +42,7 @@ def decode_stage(
         frames: T >= P.
         seeds: [B] int64. A row's tokens depend on its seed, its inputs and nothing else.
         sampling: settings of the draw.
-        tempo: [B] int64, for a stage with a clock; chosen here if None (`choose_tempo`).
+        tempo: [B] int64, for a stage with a clock, else None.
         capacity: frames, of context and of target, that the buffers are made for; T if None.
             Steps of equal capacity are the same launches, and a GPU's sums round alike in them.
         decoding: precision, and how a step runs.
@@ -59,10 +58,6 @@ def decode_stage(
     """
     B, given, levels = prefix.shape
     check_seeds(seeds)
-    if tempo is None:
-        tempo = choose_tempo(
-            stage, conditioning=conditioning, prefix=prefix, seeds=seeds, sampling=sampling
-        )
     stage.check(conditioning, context, prefix, tempo)
     decoding = checked_decoding(decoding)
     if frames < given:

@@ -9,7 +9,6 @@ from musiclm_engine.audiolm.stage import Stage
 from musiclm_engine.generation.decode import Progress, check_seeds, decode_stage
 from musiclm_engine.generation.sampling import Sampling, derive_seeds
 from musiclm_engine.generation.stage_steps import Decoding, StageSteps
-from musiclm_engine.generation.tempo import choose_tempo
 
 
 def decode_overlapping(
@@ -21,6 +20,7 @@ def decode_overlapping(
     window: int,
     seeds: Tensor,
     sampling: Sampling,
+    tempo: Tensor | None = None,
     decoding: Decoding | None = None,
     steps: StageSteps | None = None,
     on_tokens: Progress | None = None,
@@ -35,7 +35,7 @@ def decode_overlapping(
         frames: of target in the whole piece.
         window: frames of target a window holds at most, a multiple of the context's stride.
         seeds: [B].
-        sampling, decoding, steps, on_tokens: see `decode_stage`.
+        sampling, tempo, decoding, steps, on_tokens: see `decode_stage`.
 
     Returns:
         [B, frames, Lt] int64.
@@ -47,9 +47,6 @@ def decode_overlapping(
     overlap = window // 2 // stride * stride
     tokens = torch.zeros(
         len(conditioning), 0, stage.target_levels, dtype=torch.int64, device=conditioning.device
-    )
-    tempo = choose_tempo(
-        stage, conditioning=conditioning, prefix=tokens, seeds=seeds, sampling=sampling
     )
     while tokens.shape[1] < frames:
         start = max(0, tokens.shape[1] - overlap)

@@ -4,7 +4,7 @@ from musiclm_engine.mulan.audio_tower import AudioSpectrogramTransformer
 from musiclm_engine.mulan.model import MuLaN
 from musiclm_engine.mulan.quantizer import MuLaNEmbedQuantizer
 from musiclm_engine.mulan.text_tower import TextTransformer
-from musiclm_engine.mulan.tokenizer import encode_captions, train_caption_tokenizer
+from musiclm_engine.mulan.tokenizer import encode_captions, train_caption_tokenizer, unread_text
 
 __all__ = [
     "AudioSpectrogramTransformer",
@@ -13,4 +13,5 @@ __all__ = [
     "TextTransformer",
     "encode_captions",
     "train_caption_tokenizer",
+    "unread_text",
 ]

@@ -23,7 +23,7 @@ from musiclm_engine.mulan.distributed_contrastive import (
 from musiclm_engine.mulan.gradient_cache import embed_in_chunks
 from musiclm_engine.mulan.lengths import checked_lengths
 from musiclm_engine.mulan.text_tower import TextTransformer
-from musiclm_engine.mulan.tokenizer import PAD_ID, encode_captions
+from musiclm_engine.mulan.tokenizer import PAD_ID, encode_captions, unread_text
 from musiclm_engine.mulan.windows import num_windows, window_batches
 from musiclm_engine.mulan.words import words as words_of
 from musiclm_kernels import contrastive_loss
@@ -279,6 +279,10 @@ class MuLaN(nn.Module):
             ValueError: as `embed_audio` and `embed_text`.
         """
         return self.embed_audio(audio, lengths) @ self.embed_text(texts).T
+
+    def unread(self, text: str) -> str:
+        """The end of a text that is longer than the text tower; "" of others."""
+        return unread_text(self.tokenizer, text, self.text.max_seq_len)
 
     def unseen_words(self, text: str) -> list[str]:
         """Words of a text that were in no caption it was trained on, as far as that is known.

@@ -12,7 +12,9 @@ PAD_TOKEN = "[PAD]"  # never made by merging: captions are lower-cased first
 NUM_BYTES = 256
 
 
-def train_caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_caption_tokenizer(
+    captions: Iterable[str], vocab_size: int, *, splits_digits: bool = False
+) -> Tokenizer:
     """Trains a byte-level BPE (Sennrich et al., arXiv 1508.07909; bytes as in GPT-2).
 
     Text is NFKC-normalised and lower-cased. All 256 bytes are tokens, so any string encodes; id 0
@@ -21,6 +23,8 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokeniz
     Args:
         captions: what to learn the merges from.
         vocab_size: at least 257 (padding and the bytes); few captions give a smaller vocabulary.
+        splits_digits: each digit is a token of its own, so that numbers share what is learnt of
+            their digits.
 
     Raises:
         ValueError: `vocab_size` below 257, or no captions.
@@ -32,7 +36,11 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokeniz
         raise ValueError("captions is empty; want at least one to learn from")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if splits_digits:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.Sequence([digits, words])
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -70,6 +78,14 @@ def encode_captions(tokenizer: Tokenizer, captions: Sequence[str], max_seq_len: 
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     return ids
+
+
+def unread_text(tokenizer: Tokenizer, caption: str, max_seq_len: int) -> str:
+    """The end of a caption that `encode_captions` cuts off; "" if it does not."""
+    encoding = tokenizer.encode(_encodable(caption))
+    if len(encoding.ids) <= max_seq_len:
+        return ""
+    return caption[encoding.offsets[max_seq_len][0] :].strip()
 
 
 def _encodable(caption: str) -> str:

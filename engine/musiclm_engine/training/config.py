@@ -11,11 +11,11 @@ TRAINED = (  # in order
     "tokenizer",
     "mulan",
     "quantizer",
+    "tempo_reader",
     "semantic",
     "coarse",
     "fine",
 )
-OPTIONAL = {"semantic_encoder"}  # of a set: trained where the configuration has its table
 SCHEDULE = {  # the fields of `schedule.Schedule` but minutes, which are a share of the whole's
     "steps",
     "learning_rate",
@@ -35,6 +35,7 @@ ENTRIES = {
     "mulan": LOOP - {"compile"}
     | {"vocab_size", "audio", "text", "dim_latent", "chunk_size", "facts"},
     "quantizer": {"model"},
+    "tempo_reader": LOOP - {"compile", "crop_seconds"} | {"vocab_size", "text"},
     "semantic": STAGE | {"counts_beats"},
     "coarse": STAGE | {"num_coarse_quantizers"},
     "fine": STAGE | {"num_fine_quantizers"},
@@ -43,6 +44,16 @@ ENTRIES = {
 
 class ConfigError(ValueError):
     """A configuration is missing, is not TOML, or lacks something."""
+
+
+def models_of(config: dict[str, Any]) -> list[str]:
+    """Which of `TRAINED` a set is made of: a semantic encoder where it has a table, a reader of
+    tempi where the semantic stage counts beats."""
+    has = {
+        "semantic_encoder": "semantic_encoder" in config,
+        "tempo_reader": config.get("semantic", {}).get("counts_beats", False),
+    }
+    return [name for name in TRAINED if has.get(name, True)]
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -108,6 +119,11 @@ def _check_table(path: Any, name: str, settings: Any) -> None:
         raise ConfigError(
             f"[{name}] of {path} has unknown entries: {', '.join(sorted(unknown))}; wanted "
             + ", ".join(sorted(ENTRIES[name]))
+        )
+    counts_beats = settings.get("counts_beats", False)
+    if not isinstance(counts_beats, bool):
+        raise ConfigError(
+            f"[{name}] of {path} has counts_beats = {counts_beats!r}, wanted true or false"
         )
     share = settings.get("share", 0)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:

@@ -19,6 +19,7 @@ from musiclm_engine.data.manifest import Clip, ManifestError
 
 LOGIT_SCALE = 16.0  # a fact with a sixth of an embedding's energy is then 98 % sure of 24 values
 TEMPO_STEP = 0.04  # in ln(bpm): what judges of tempo take for the same
+TEMPI_BPM = (10, 1000)  # that are taken for tempi
 TEMPO_SPREAD = 1.0  # steps: standard deviation of a tempo's share in its neighbours
 
 # Names that one fact has in captions: a key is a tonic with a mode, and either may be said alone.
@@ -147,10 +148,28 @@ def tempo_of(clip: Clip) -> float | None:
     return None if value is None else float(value)
 
 
+def tempi_of(clips: Sequence[Clip]) -> list[float]:
+    """The beats a minute of clips.
+
+    Raises ManifestError where they are not known.
+    """
+    tempi = []
+    for clip in clips:
+        bpm = tempo_of(clip)
+        if bpm is None:
+            raise ManifestError(
+                f"{clip.audio} has no fact tempo_bpm, wanted it or [semantic] counts_beats = false"
+            )
+        tempi.append(bpm)
+    return tempi
+
+
 def _value(clip: Clip, name: str) -> Any:  # None, a word or a number
-    value = clip.facts.get(name)
+    value: Any = clip.facts.get(name)
     if name == "tempo_bpm":
-        fits, wanted = isinstance(value, int | float) and 0 < value < math.inf, "a number above 0"
+        slowest, fastest = TEMPI_BPM
+        fits = type(value) in (int, float) and slowest <= value <= fastest
+        wanted = f"beats a minute, {slowest} to {fastest}"
     else:
         fits, wanted = isinstance(value, str | int | float), "a word or a number"
     if value is not None and not fits:

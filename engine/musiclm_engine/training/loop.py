@@ -1,5 +1,6 @@
 """The one training loop: every gradient-trained model goes through it, resumable at any step."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from musiclm_engine.checkpoint import (
     CheckpointError,
+    json_text,
+    read_json,
     read_tensors,
     save_model,
     write_tensors,
@@ -180,6 +183,7 @@ def _resume(learners: list[Learner], run_dir: Path) -> tuple[int, float]:
             "give the same steps and minutes, or remove that folder to train it anew"
         )
     try:
+        _refuse_another(learners[0].model, run_dir / "model.json")
         for learner in learners:
             weights = parts.pop(f"{learner.prefix}model", {})
             moments = parts.pop(f"{learner.prefix}optimizer", {})
@@ -193,6 +197,16 @@ def _resume(learners: list[Learner], run_dir: Path) -> tuple[int, float]:
             f"train it elsewhere or remove that folder: {error}"
         ) from None
     return steps, seconds
+
+
+def _refuse_another(model: Any, description: Path) -> None:
+    """Weights may fit a model that means something else by them: another vocabulary."""
+    if not description.exists():  # it came in a parcel
+        return
+    config, stored = json.loads(json_text(model.config)), read_json(description)["config"]
+    differ = [name for name, value in config.items() if stored.get(name) != value]
+    if differ:
+        raise RuntimeError(f"{', '.join(differ)} came out otherwise, of config or manifest")
 
 
 def _summary_writer(run_dir: Path, done: int) -> Any:

@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 
 from musiclm_engine.training.codec_recipe import codec_recipe
 from musiclm_engine.training.config import (
-    OPTIONAL,
     SCHEDULE,
     TRAINED,
     ConfigError,
     load_config,
+    models_of,
     table,
 )
+from musiclm_engine.training.facts import tempi_of
 from musiclm_engine.training.fitted import fit_quantizer, fit_tokenizer
 from musiclm_engine.training.loop import CHECKPOINT, Recipe, fit
 from musiclm_engine.training.mulan_recipe import mulan_recipe
@@ -26,6 +27,7 @@ from musiclm_engine.training.parcel import COUNTS, pack
 from musiclm_engine.training.schedule import Schedule
 from musiclm_engine.training.semantic_recipe import semantic_encoder_recipe
 from musiclm_engine.training.stage_recipe import stage_recipe
+from musiclm_engine.training.tempo_recipe import tempo_recipe
 from musiclm_engine.training.workplace import Workplace
 
 Report = Callable[[str, int, int, dict[str, float]], None]  # what is done, how far, figures
@@ -38,6 +40,7 @@ RECIPES: dict[str, Callable[[Workplace], Recipe]] = {
     "codec": codec_recipe,
     "semantic_encoder": semantic_encoder_recipe,
     "mulan": mulan_recipe,
+    "tempo_reader": tempo_recipe,
     "semantic": lambda place: stage_recipe(place, "semantic"),
     "coarse": lambda place: stage_recipe(place, "coarse"),
     "fine": lambda place: stage_recipe(place, "fine"),
@@ -88,7 +91,7 @@ def train(
 ) -> bool:
     """Train, or go on training, one of `TRAINED` in run_dir, or "all" of them in their order.
 
-    Models build on those before them in `TRAINED`; a missing one is named by the error. One that is
+    Most build on those before them in `TRAINED`; a missing one is named by the error. One that is
     done is left as it is.
 
     Args:
@@ -115,11 +118,19 @@ def train(
         device,
         lambda what, done, total: report(what, done, total, {}),
     )
-    shares = sum(place.config[each].get("share", 0) for each in RECIPES if each in place.config)
+    whole = models_of(place.config)
+    shares = sum(place.config.get(each, {}).get("share", 0) for each in whole)
     if limits.minutes is not None and shares > 1 + 1e-6:
         raise ConfigError(f"the shares of {config} add up to {shares:.2f}, wanted at most 1")
-    whole = [each for each in TRAINED if each in place.config or each not in OPTIONAL]
-    for each in whole if name == "all" else (name,):
+    if name == "tempo_reader" and name not in whole:
+        raise ConfigError(f"{config} has no [semantic] counts_beats = true: nothing takes a tempo")
+    wanted = whole if name == "all" else [name]
+    for each in wanted:  # what is missing is told before hours of training
+        table(place.config, each)
+    if "tempo_reader" in wanted:
+        for split in ("train", "validation"):
+            tempi_of(place.clips(split))
+    for each in wanted:
         try:
             done = _train_one(each, place, limits, parcel, report)
         except TypeError as error:  # the entries of the table are arguments of the model

@@ -12,6 +12,7 @@ from musiclm_engine.audiolm import (
 from musiclm_engine.audiolm.beat_clock import tempo_tokens
 from musiclm_engine.audiolm.clustered import ClusteredTokens
 from musiclm_engine.audiolm.stage import Stage
+from musiclm_engine.data.manifest import Clip, ManifestError
 from musiclm_engine.mulan import MuLaNEmbedQuantizer
 from musiclm_engine.training.config import ConfigError, table
 from musiclm_engine.training.facts import tempo_of
@@ -22,7 +23,6 @@ from musiclm_engine.training.workplace import Workplace, compiled, mean_losses
 
 MAKERS = ("codec", "tokenizer", "mulan", "quantizer")  # of tokens
 CLIPS_A_PART = 1024  # of a token cache that is being made
-TEMPO_WEIGHT = 0.1  # of all other tokens together; as one of them it would have a 250th
 
 
 def tokens(place: Workplace, split: str) -> TokenCache:
@@ -47,7 +47,7 @@ def tokens(place: Workplace, split: str) -> TokenCache:
         tokenize_clips(
             whole_clips(bank, some, place.device),
             [clips[row].captions for row in some],
-            tempo_bpm=[tempo_of(clips[row]) or 0.0 for row in some],
+            tempo_bpm=[_tempo(clips[row]) for row in some],
             **models,
             on_progress=lambda done, _: place.progress("tokens", some.start + done, len(bank)),
         ).save(part)
@@ -61,6 +61,15 @@ def tokens(place: Workplace, split: str) -> TokenCache:
     for part in parts:
         part.unlink()
     return TokenCache.load(whole, place.device)
+
+
+def _tempo(clip: Clip) -> float:
+    """0 where it is not known: a set that counts beats has refused that before (`train`), and to
+    one that counts frames facts may be anything."""
+    try:
+        return tempo_of(clip) or 0.0
+    except ManifestError:
+        return 0.0
 
 
 def stage_recipe(place: Workplace, name: str) -> Recipe:
@@ -145,13 +154,8 @@ def stage_recipe(place: Workplace, name: str) -> Recipe:
                 acoustic[:, :, :num_coarse],
                 acoustic[:, :, num_coarse : num_coarse + num_fine],
             )
-        total = by_level.mean()
         levels = {f"level_{level}": mean for level, mean in enumerate(by_level.detach())}
-        if tempo is not None:
-            of_tempo = model.tempo_loss(condition, tempo)
-            total = total + TEMPO_WEIGHT * of_tempo
-            levels["tempo"] = of_tempo.detach()
-        return {"loss": total, **levels}
+        return {"loss": by_level.mean(), **levels}
 
     return Recipe(
         model,
