@@ -140,6 +140,14 @@ def test_another_model_is_not_resumed(tmp_path):
         run(tmp_path, width=16)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"config": null}', "{"])
+def test_a_broken_description_is_named(tmp_path, content):
+    run(tmp_path, 4, Schedule(steps=12, save_every_seconds=0.0))
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(CheckpointError, match="model.json"):
+        run(tmp_path)
+
+
 def test_a_broken_checkpoint_is_named(tmp_path):
     run(tmp_path, 4, Schedule(steps=12, save_every_seconds=0.0))
     path = tmp_path / "checkpoint.safetensors"

@@ -92,6 +92,8 @@ def test_cut_short_within_its_last_save_it_gets_its_model_still(
 def test_a_whole_set_is_left_as_it_is(whole, tiny_config, tiny_corpus):
     before = models(whole[0])
     assert train_all(tiny_config, tiny_corpus, whole[0]) == (True, [])
+    gone = tiny_corpus.with_name("gone.jsonl")  # nor is anything needed to leave it
+    assert train_all(tiny_config, gone, whole[0]) == (True, [])
     assert models(whole[0]) == before
 
 

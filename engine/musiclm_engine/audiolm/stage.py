@@ -303,10 +303,10 @@ class Stage(nn.Module):
                 raise ValueError(f"{name} is {tuple(tokens.shape)}, wanted [{B}, frames, {levels}]")
             _check_values(name, tokens, size)
         if tempo is not None:
-            if tempo.dtype != torch.int64 or tuple(tempo.shape) != (B,):
+            if not isinstance(tempo, Tensor) or (tempo.dtype, tempo.shape) != (torch.int64, (B,)):
                 raise ValueError(
-                    f"tempo is {tempo.dtype} {tuple(tempo.shape)}, wanted int64 [{B}], "
-                    "tokens of beats a minute (tempo_tokens)"
+                    f"tempo is {tempo!r}, wanted a tensor of int64 [{B}], tokens of beats a minute "
+                    "(tempo_tokens)"
                 )
             _check_values("tempo", tempo, NUM_TEMPI)
 

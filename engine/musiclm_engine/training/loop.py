@@ -203,7 +203,10 @@ def _refuse_another(model: Any, description: Path) -> None:
     """Weights may fit a model that means something else by them: another vocabulary."""
     if not description.exists():  # it came in a parcel
         return
-    config, stored = json.loads(json_text(model.config)), read_json(description)["config"]
+    config, content = json.loads(json_text(model.config)), read_json(description)
+    stored = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f'{description} does not tell a "config"')
     differ = [name for name, value in config.items() if stored.get(name) != value]
     if differ:
         raise RuntimeError(f"{', '.join(differ)} came out otherwise, of config or manifest")

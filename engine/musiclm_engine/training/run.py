@@ -1,7 +1,8 @@
 """Train a set of models, or one of it: what `musiclm train` does."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,37 +125,42 @@ def train(
         raise ConfigError(f"the shares of {config} add up to {shares:.2f}, wanted at most 1")
     if name == "tempo_reader" and name not in whole:
         raise ConfigError(f"{config} has no [semantic] counts_beats = true: nothing takes a tempo")
-    wanted = whole if name == "all" else [name]
-    for each in wanted:  # what is missing is told before hours of training
-        table(place.config, each)
-    if "tempo_reader" in wanted:
+    # Missing tables and tempi are told before hours of training.
+    left = []
+    for each in whole if name == "all" else (name,):
+        with _entries_as_arguments(each, config):
+            if not _is_done(each, place, limits):
+                left.append(each)
+    if "tempo_reader" in whole and {"tempo_reader", "semantic"} & {*left}:
         for split in ("train", "validation"):
             tempi_of(place.clips(split))
-    for each in wanted:
-        try:
+    for each in left:
+        with _entries_as_arguments(each, config):
             done = _train_one(each, place, limits, parcel, report)
-        except TypeError as error:  # the entries of the table are arguments of the model
-            raise ConfigError(f"[{each}] of {config} does not fit the model: {error}") from error
         if not done:
             return False
     return True
 
 
+@contextmanager
+def _entries_as_arguments(name: str, config: str) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:  # what the table gives are arguments of the schedule and the model
+        raise ConfigError(f"[{name}] of {config} does not fit the model: {error}") from error
+
+
 def _train_one(
     name: str, place: Workplace, limits: Limits, parcel: Path | None, report: Report
 ) -> bool:
-    settings = table(place.config, name)
-    checkpoint = place.run_dir / name / CHECKPOINT
     torch.manual_seed(place.seed)  # of the first weights; each step has a seed of its own
     if name in FITTED:
-        if not place.is_trained(name):  # its description is written last: it is whole
-            FITTED[name](place)
-            if parcel is not None:
-                pack(place.run_dir, parcel)
+        FITTED[name](place)
+        if parcel is not None:
+            pack(place.run_dir, parcel)
         return True
-    schedule = _schedule(settings, name, limits.minutes)
-    if _progress(checkpoint, schedule) >= 1:
-        return True
+    schedule = _schedule(table(place.config, name), name, limits.minutes)
+    checkpoint = place.run_dir / name / CHECKPOINT
     recipe = RECIPES[name](place)
     left = None if limits.stop_at is None else (limits.stop_at - time.monotonic()) / 60
     progress, packed = 0.0, _written(checkpoint)
@@ -174,6 +180,14 @@ def _train_one(
     if parcel is not None and progress == 1:
         pack(place.run_dir, parcel)
     return progress == 1
+
+
+def _is_done(name: str, place: Workplace, limits: Limits) -> bool:
+    settings = table(place.config, name)
+    if name in FITTED:
+        return place.is_trained(name)  # its description is written last: it is whole
+    schedule = _schedule(settings, name, limits.minutes)
+    return _progress(place.run_dir / name / CHECKPOINT, schedule) >= 1
 
 
 def _schedule(settings: dict[str, Any], name: str, minutes: float | None) -> Schedule:

@@ -64,8 +64,8 @@ def tokens(place: Workplace, split: str) -> TokenCache:
 
 
 def _tempo(clip: Clip) -> float:
-    """0 where it is not known: a set that counts beats has refused that before (`train`), and to
-    one that counts frames facts may be anything."""
+    """0 where it is not known: sets that count beats have refused that (`training.run.train`), and to
+    others facts may be anything."""
     try:
         return tempo_of(clip) or 0.0
     except ManifestError:
