@@ -1,6 +1,5 @@
 """Configurations, batches that are functions of their number, and a whole set trained."""
 
-import json
 import os
 import shutil
 import tomllib
@@ -9,36 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from musiclm_engine import SoundStream, TempoReader, TextTransformer
+from musiclm_engine import SoundStream
 from musiclm_engine.audio import load_audio
-from musiclm_engine.checkpoint import CheckpointError, read_tensors, save_model, write_tensors
+from musiclm_engine.checkpoint import CheckpointError, read_tensors, write_tensors
 from musiclm_engine.data.manifest import ManifestError, load_manifest
 from musiclm_engine.generation import Sampling, Windows
-from musiclm_engine.mulan import train_caption_tokenizer
 from musiclm_engine.training.bundle import bundle_run
 from musiclm_engine.training.clip_bank import open_bank
 from musiclm_engine.training.clips import Crops
 from musiclm_engine.training.config import TRAINED, ConfigError, load_config, models_of, table
 from musiclm_engine.training.loop import Schedule
-from musiclm_engine.training.run import RECIPES, Limits, train
+from musiclm_engine.training.run import RECIPES
 from musiclm_engine.training.token_cache import TokenCache
+from tests.engine.training_runs import train_one
 
-CPU = torch.device("cpu")
 MODELS = models_of({"semantic": {"counts_beats": True}})  # as `tiny_config`
-
-
-def train_one(name, config, manifest, run_dir, **arguments):
-    told = []
-    train(
-        name,
-        config=str(config),
-        manifest=manifest,
-        run_dir=run_dir,
-        device=CPU,
-        report=lambda *what: told.append(what),
-        **arguments,
-    )
-    return told
 
 
 @pytest.fixture(scope="module")
@@ -428,83 +412,6 @@ def test_beats_need_clips_of_known_tempo(beside, tiny_corpus):
     config.write_text(config.read_text().replace("counts_beats = true", "counts_beats = false"))
     train_one("semantic", config, tiny_corpus, run_dir)
     train_one("coarse", config, tiny_corpus, run_dir)  # which counts frames
-
-
-def test_a_reader_of_tempi_needs_captions_and_tempi_alone(tiny_config, tiny_corpus, tmp_path):
-    told = train_one("tempo_reader", tiny_config, tiny_corpus, tmp_path / "run")
-    assert "validation/read" not in told[-1][3]  # nothing says what these captions state
-    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
-    manifest = tiny_corpus.with_name("stated.jsonl")
-
-    def write():
-        manifest.write_text("\n".join(map(json.dumps, rows)))
-
-    for row in rows:
-        row["stated"] = [["tempo_bpm"], []]
-    write()
-    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "stated")
-    assert 0 <= told[-1][3]["validation/read"] <= 1
-    for row in rows:
-        row["stated"] = [["instrument"], []]
-    write()
-    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "other facts")
-    assert "validation/read" not in told[-1][3]
-    del rows[-1]["facts"]["tempo_bpm"]
-    write()
-    with pytest.raises(ManifestError, match=r"5.wav has no fact tempo_bpm, wanted it or"):
-        train_one("all", tiny_config, manifest, tmp_path / "no tempo")
-    assert not (tmp_path / "no tempo").exists()  # told before anything is trained
-
-
-@pytest.mark.parametrize("tempo", ["fast", 0, True, 1e300])
-def test_tempi_that_are_none_matter_to_sets_that_count_beats_alone(
-    tiny_config, tiny_corpus, tmp_path, tempo
-):
-    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
-    rows[0]["facts"]["tempo_bpm"] = tempo
-    manifest = tiny_corpus.with_name("odd-tempo.jsonl")
-    manifest.write_text("\n".join(map(json.dumps, rows)))
-    for name in ("all", "tempo_reader", "semantic"):
-        with pytest.raises(ManifestError, match=r"tempo_bpm = .*, wanted beats a minute, 10 to"):
-            train_one(name, tiny_config, manifest, tmp_path / "beats")
-    config = tmp_path / "frames.toml"
-    config.write_text(tiny_config.read_text().replace("beats = true", "beats = false"))
-    train_one("all", config, manifest, tmp_path / "frames")
-    assert bundle_run(tmp_path / "frames", config=str(config)).tempo_reader is None
-    with pytest.raises(ConfigError, match="semantic counts frames, .* counts_beats = true: remove"):
-        bundle_beats(tmp_path / "frames", tiny_config)
-
-
-def bundle_beats(run_dir, config):
-    """As if the run had a reader."""
-    (run_dir / "tempo_reader").mkdir()
-    reader = TempoReader(
-        TextTransformer(16, 1, num_tokens=300, heads=1),
-        tokenizer=train_caption_tokenizer(["a hymn"], 280),
-    )
-    save_model(reader, run_dir / "tempo_reader" / "model")
-    return bundle_run(run_dir, config=str(config))
-
-
-def test_other_captions_are_not_learnt_on_with_the_same_weights(tiny_config, tiny_corpus, tmp_path):
-    """A vocabulary of the same size, whose tokens are others."""
-    long = tmp_path / "long.toml"
-    long.write_text(tiny_config.read_text().replace("vocab_size = 270", "vocab_size = 258"))
-    run = {"config": long, "run_dir": tmp_path / "run", "limits": Limits(stop_at=0.0)}
-    train_one("tempo_reader", manifest=tiny_corpus, **run)
-    manifest = tiny_corpus.with_name("other-captions.jsonl")
-    manifest.write_text(tiny_corpus.read_text().replace("hymn", "zzzzzzzz"))
-    with pytest.raises(
-        CheckpointError, match="holds another model .*: tokenizer came out otherwise"
-    ):
-        train_one("tempo_reader", manifest=manifest, **run)
-
-
-def test_a_set_that_counts_frames_has_no_reader_of_tempi(tiny_corpus, tmp_path):
-    assert "tempo_reader" in models_of(load_config("tiny"))
-    assert "tempo_reader" not in models_of(load_config("recordings"))
-    with pytest.raises(ConfigError, match="recordings has no .* counts_beats = true: nothing"):
-        train_one("tempo_reader", "recordings", tiny_corpus, tmp_path)
 
 
 def test_a_missing_table_is_told_before_any_training(tiny_config, tiny_corpus, tmp_path):

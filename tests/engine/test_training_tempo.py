@@ -1,5 +1,6 @@
 """What a reader of tempi is trained on: clips' own tempi, other numbers, and numbers that are none."""
 
+import json
 import math
 from itertools import chain
 
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from musiclm_engine import TextTransformer
 from musiclm_engine.audiolm.beat_clock import tempo_tokens
-from musiclm_engine.data.manifest import Clip
+from musiclm_engine.checkpoint import CheckpointError, save_model
+from musiclm_engine.data.manifest import Clip, ManifestError
+from musiclm_engine.mulan import train_caption_tokenizer
 from musiclm_engine.tempo_reader import TempoReader
-from musiclm_engine.training.config import load_config
+from musiclm_engine.training.bundle import bundle_run
+from musiclm_engine.training.config import ConfigError, load_config, models_of
+from musiclm_engine.training.run import Limits
 from musiclm_engine.training.tempo_recipe import (
     NUMBER,
     USUAL_BPM,
@@ -20,6 +26,7 @@ from musiclm_engine.training.tempo_recipe import (
     tempo_recipe,
 )
 from musiclm_engine.training.workplace import Workplace
+from tests.engine.training_runs import train_one
 
 ROWS = 1000
 
@@ -127,3 +134,83 @@ def test_validation_is_on_captions_as_they_are(seen):
     assert set(captions) == {f"at {bpm} bpm" for bpm in BPM["validation"]}
     numbers = torch.tensor([number_in(caption) for caption in captions], dtype=torch.float64)
     assert tempo_tokens(numbers).tolist() == wanted
+
+
+# Whole trainings of one, and of the sets that want one.
+
+
+def test_a_reader_of_tempi_needs_captions_and_tempi_alone(tiny_config, tiny_corpus, tmp_path):
+    told = train_one("tempo_reader", tiny_config, tiny_corpus, tmp_path / "run")
+    assert "validation/read" not in told[-1][3]  # nothing says what these captions state
+    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
+    manifest = tiny_corpus.with_name("stated.jsonl")
+
+    def write():
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+
+    for row in rows:
+        row["stated"] = [["tempo_bpm"], []]
+    write()
+    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "stated")
+    assert 0 <= told[-1][3]["validation/read"] <= 1
+    for row in rows:
+        row["stated"] = [["instrument"], []]
+    write()
+    told = train_one("tempo_reader", tiny_config, manifest, tmp_path / "other facts")
+    assert "validation/read" not in told[-1][3]
+    del rows[-1]["facts"]["tempo_bpm"]
+    write()
+    with pytest.raises(ManifestError, match=r"5.wav has no fact tempo_bpm, wanted it or"):
+        train_one("all", tiny_config, manifest, tmp_path / "no tempo")
+    assert not (tmp_path / "no tempo").exists()  # told before anything is trained
+
+
+@pytest.mark.parametrize("tempo", ["fast", 0, True, 1e300])
+def test_tempi_that_are_none_matter_to_sets_that_count_beats_alone(
+    tiny_config, tiny_corpus, tmp_path, tempo
+):
+    rows = [json.loads(line) for line in tiny_corpus.read_text().splitlines()]
+    rows[0]["facts"]["tempo_bpm"] = tempo
+    manifest = tiny_corpus.with_name("odd-tempo.jsonl")
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    for name in ("all", "tempo_reader", "semantic"):
+        with pytest.raises(ManifestError, match=r"tempo_bpm = .*, wanted beats a minute, 10 to"):
+            train_one(name, tiny_config, manifest, tmp_path / "beats")
+    config = tmp_path / "frames.toml"
+    config.write_text(tiny_config.read_text().replace("beats = true", "beats = false"))
+    train_one("all", config, manifest, tmp_path / "frames")
+    assert bundle_run(tmp_path / "frames", config=str(config)).tempo_reader is None
+    with pytest.raises(ConfigError, match="semantic counts frames, .* counts_beats = true: remove"):
+        bundle_beats(tmp_path / "frames", tiny_config)
+
+
+def bundle_beats(run_dir, config):
+    """As if the run had a reader."""
+    (run_dir / "tempo_reader").mkdir()
+    reader = TempoReader(
+        TextTransformer(16, 1, num_tokens=300, heads=1),
+        tokenizer=train_caption_tokenizer(["a hymn"], 280),
+    )
+    save_model(reader, run_dir / "tempo_reader" / "model")
+    return bundle_run(run_dir, config=str(config))
+
+
+def test_other_captions_are_not_learnt_on_with_the_same_weights(tiny_config, tiny_corpus, tmp_path):
+    """A vocabulary of the same size, whose tokens are others."""
+    long = tmp_path / "long.toml"
+    long.write_text(tiny_config.read_text().replace("vocab_size = 270", "vocab_size = 258"))
+    run = {"config": long, "run_dir": tmp_path / "run", "limits": Limits(stop_at=0.0)}
+    train_one("tempo_reader", manifest=tiny_corpus, **run)
+    manifest = tiny_corpus.with_name("other-captions.jsonl")
+    manifest.write_text(tiny_corpus.read_text().replace("hymn", "zzzzzzzz"))
+    with pytest.raises(
+        CheckpointError, match="holds another model .*: tokenizer came out otherwise"
+    ):
+        train_one("tempo_reader", manifest=manifest, **run)
+
+
+def test_a_set_that_counts_frames_has_no_reader_of_tempi(tiny_corpus, tmp_path):
+    assert "tempo_reader" in models_of(load_config("tiny"))
+    assert "tempo_reader" not in models_of(load_config("recordings"))
+    with pytest.raises(ConfigError, match="recordings has no .* counts_beats = true: nothing"):
+        train_one("tempo_reader", "recordings", tiny_corpus, tmp_path)
